@@ -1,0 +1,222 @@
+"""The hooks. One owner answers each: the family if it implements the hook, else the host's default.
+
+An implementation takes the arguments it wants by their names here, without defaults, `*args`, `**kwargs` or keyword-only
+arguments. Returning None means "not implemented": the default answers. Exceptions pass through to the user, with the
+family, its distribution and the hook named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from slider_hooks.markers import hookspec
+from slider_hooks.types import (
+    BucketInfo,
+    Components,
+    Conditioning,
+    Family,
+    LoadRequest,
+    PromptEntry,
+    ResolvedTargets,
+    Sampler,
+    TargetRequest,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
+
+@hookspec(firstresult=True)
+def resolve_lora_targets(
+    family: Family, denoiser: Module, controlnet: Module | None, request: TargetRequest
+) -> ResolvedTargets | None:
+    """Say where the adapter attaches. Called once, after loading and before injection; also on a model on the meta device.
+
+    Args:
+        family: the facts of this family.
+        denoiser: the denoiser that the adapter goes into, unless a ControlNet is trained.
+        controlnet: the ControlNet, when it is trained instead of the denoiser; else None.
+        request: slider targets or not, the user's own targets, the adapter kind, whether joint modules may be matched.
+
+    Returns:
+        One regular expression over full module names. The default takes explicit targets first, then, for a slider, the
+        expressions of `family.targets`, then (where the family states none) the documented list, then `standard`.
+
+    Example::
+
+        @hookimpl
+        def resolve_lora_targets(denoiser, request):
+            if request.slider and len(denoiser.blocks) > 40:
+                return ResolvedTargets(expression=r"blocks\\.\\d+\\.attn\\.to_[qkv]", source="slider")
+    """
+
+
+@hookspec(firstresult=True)
+def build_sampler(
+    family: Family, buckets: Sequence[BucketInfo], seed: int, weighting: str, neutral_scale: float
+) -> Sampler | None:
+    """Build the sampler over the buckets. Called once per run, and never on a batch.
+
+    Args:
+        family: the facts of this family.
+        buckets: the buckets, in the order of the configuration; at least one.
+        seed: the run's seed.
+        weighting: `uniform` (probability alone) or `auto-weighting` (probability times share of the data).
+        neutral_scale: the scale whose plus and minus neutral draws take in turn.
+
+    Returns:
+        An endless sampler. The default goes round positive, negative, neutral over the groups that exist; inside a group
+        buckets are drawn by probability, and one that has given all its batches leaves until the next epoch. The sequence
+        depends on seed and position alone.
+
+    Example::
+
+        @hookimpl
+        def build_sampler(buckets, seed):
+            return MySampler(buckets, seed)
+    """
+
+
+@hookspec(firstresult=True)
+def validation_prompt_scale(family: Family, entry: PromptEntry, global_strength: float) -> float | None:
+    """Say at which scale the adapter runs for one entry of the prompt library. Called for each image of a validation.
+
+    Args:
+        family: the facts of this family.
+        entry: the entry, with its own strength or None.
+        global_strength: `validation_adapter_strength`.
+
+    Returns:
+        The scale; any finite number. The default is the entry's own strength, or the global one where it has none.
+
+    Example::
+
+        @hookimpl
+        def validation_prompt_scale(entry):
+            return entry.adapter_strength if entry.adapter_strength is not None else 0.8
+    """
+
+
+@hookspec(firstresult=True)
+def load_components(family: Family, request: LoadRequest) -> Components | None:
+    """Load a model. Called once per run, in each process; the host then moves it to its device.
+
+    Args:
+        family: the facts of this family.
+        request: folder or hub id, dtype, revision, variant and the family's own options.
+
+    Returns:
+        The loaded parts, frozen and in evaluation mode. The default loads a diffusers pipeline folder, safetensors only.
+
+    Example::
+
+        @hookimpl
+        def load_components(request):
+            model = MyModel.from_folder(request.model).to(request.dtype).eval().requires_grad_(False)
+            return Components(denoiser=model, pipeline=MySampler(model), scheduler=None, prediction="flow")
+    """
+
+
+@hookspec(firstresult=True)
+def encode_prompts(family: Family, components: Components, prompts: Sequence[str]) -> Sequence[Conditioning] | None:
+    """Encode prompts for `predict`. Called without gradients, a few prompts at a time; the host keeps the results.
+
+    Args:
+        family: the facts of this family.
+        components: the loaded model.
+        prompts: texts; "" is the unconditional prompt.
+
+    Returns:
+        For each prompt, named tensors without a batch dimension. The default calls the pipeline's `encode_prompt` without
+        classifier-free guidance and keeps its first result as `prompt_embeds`.
+
+    Example::
+
+        @hookimpl
+        def encode_prompts(components, prompts):
+            hidden, pooled = components.pipeline.encode_prompt(list(prompts))
+            return [{"hidden": h, "pooled": p} for h, p in zip(hidden, pooled)]
+    """
+
+
+@hookspec(firstresult=True)
+def encode_images(family: Family, components: Components, images: Tensor) -> Tensor | None:
+    """Encode images into the latents that the denoiser works on. Called without gradients; the host keeps the results.
+
+    Args:
+        family: the facts of this family.
+        components: the loaded model.
+        images: `(B, 3, H, W)` in -1..1, on the device and in the dtype of the autoencoder.
+
+    Returns:
+        Latents `(B, C, h, w)` (or what the denoiser takes), normalised as the denoiser expects. The default takes the mode
+        of the autoencoder's posterior, `(z - shift_factor) * scaling_factor`.
+
+    Example::
+
+        @hookimpl
+        def encode_images(components, images):
+            return components.pipeline.vae.encode(images).latent_dist.mode() * 0.41407
+    """
+
+
+@hookspec(firstresult=True)
+def predict(
+    family: Family, components: Components, noisy: Tensor, time: Tensor, conditioning: Sequence[Conditioning]
+) -> Tensor | None:
+    """Call the denoiser once. Called in every training step, with and without gradients; everything here costs time.
+
+    Args:
+        family: the facts of this family.
+        components: the loaded model.
+        noisy: noisy latents `(B, C, h, w)`.
+        time: `(B,)`, for a flow model `family.noise.time(sigma)`, for a diffusion model the integer timestep.
+        conditioning: for each sample what `encode_prompts` gave, on the device.
+
+    Returns:
+        The denoiser's output in the shape of `noisy`, as it is: the host multiplies it by `family.noise.sign`. The default
+        calls `denoiser(noisy, time, encoder_hidden_states=...)` with the stacked `prompt_embeds`.
+
+    Example::
+
+        @hookimpl
+        def predict(components, noisy, time, conditioning):
+            text = torch.stack([c["prompt_embeds"] for c in conditioning])
+            return components.denoiser(hidden_states=noisy, timestep=time, encoder_hidden_states=text).sample
+    """
+
+
+@hookspec(firstresult=True)
+def build_pipeline(family: Family, components: Components) -> Any | None:
+    """Build what draws validation images around the (adapted) denoiser. Called once per validation.
+
+    Args:
+        family: the facts of this family.
+        components: the loaded model, with the adapter injected into `components.denoiser`.
+
+    Returns:
+        An object with the call of a diffusers pipeline: `(prompt=[...], negative_prompt=[...] or None, height=, width=,
+        num_inference_steps=, guidance_scale=, generator=[...]).images` is a list of PIL images. The default is
+        `components.pipeline`.
+
+    Example::
+
+        @hookimpl
+        def build_pipeline(components):
+            return components.pipeline
+    """
+
+
+HOOKS: tuple[str, ...] = (
+    "resolve_lora_targets",
+    "build_sampler",
+    "validation_prompt_scale",
+    "load_components",
+    "encode_prompts",
+    "encode_images",
+    "predict",
+    "build_pipeline",
+)
+"""Every hook of the contract, in the order in which a run calls them first."""

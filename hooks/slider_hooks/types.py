@@ -1,0 +1,326 @@
+"""The words of the contract: what a family states, what a hook is asked, what it answers.
+
+Shapes: B batch, C channels, H and W latent (or pixel) rows and columns, T text tokens, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from slider_hooks.markers import CONTRACT
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
+Conditioning = Mapping[str, "Tensor"]
+"""What the denoiser wants to know about one prompt: named tensors **without** a batch dimension, so that prompts of
+different lengths can be stored one by one. `predict` receives one per sample and brings them together."""
+
+
+# --- Facts that a family states --------------------------------------------------------------------------------------
+
+
+def sigma_as_is(sigma: Tensor) -> Tensor:
+    """The denoiser is told sigma, 0 (image) to 1 (noise)."""
+    return sigma
+
+
+def one_minus_sigma(sigma: Tensor) -> Tensor:
+    """The denoiser is told 1 - sigma: 0 is noise, 1 is the image (Z-Image, Lumina 2)."""
+    return 1.0 - sigma
+
+
+def thousand_sigma(sigma: Tensor) -> Tensor:
+    """The denoiser is told sigma on the scale 0..1000 of its scheduler's timesteps."""
+    return sigma * 1000.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flow:
+    """Flow matching: `x_sigma = (1 - sigma) * x0 + sigma * noise`, velocity `noise - x0` (arXiv 2210.02747, 2403.03206)."""
+
+    sign: Literal[1, -1] = 1
+    """What `predict`'s output is multiplied by to be the velocity `noise - x0`; -1 where the model's output is negated."""
+
+    time: Callable[[Tensor], Tensor] = thousand_sigma
+    """From sigma `(B,)` in 0..1 to what the denoiser is told, `(B,)`."""
+
+    shift: float | None = None
+    """Timestep shift while training, `s*u / (1 + (s-1)*u)`; None takes `shift` of the loaded scheduler, or 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diffusion:
+    """Discrete-time diffusion over the loaded scheduler's `alphas_cumprod` (arXiv 2006.11239)."""
+
+    prediction: Literal["epsilon", "v_prediction"] | None = None
+    """What the denoiser predicts; None reads `prediction_type` of the loaded scheduler."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """Where adapters attach: regular expressions over full module names, always matched as a whole (`re.fullmatch`).
+
+    A slider trains visual self-attention, the in and out projections and convolutions, and the time embedding, and leaves
+    cross-attention and everything that sees text alone untouched.
+    """
+
+    self_attention: str = ""
+    """Attention of image tokens among themselves."""
+
+    joint_attention: str = ""
+    """Attention in which one weight multiplies text and image tokens; left out when `include_joint` is off."""
+
+    projections: str = ""
+    """Projections into and out of the attention blocks."""
+
+    io: str = ""
+    """First and last layer of the denoiser."""
+
+    time: str = ""
+    """Time embedding."""
+
+    forbidden: str = ""
+    """Cross-attention and text-only modules: a slider target that matches one of these is an error."""
+
+    standard: str = ""
+    """Standard LoRA targets, which are the fallback where no slider target matches."""
+
+    documented: tuple[str, ...] = ()
+    """The suffix list that the specification documents for this family, for reports."""
+
+    def by_kind(self, include_joint: bool = True) -> dict[str, str]:
+        """The slider expressions that are stated, by kind: self, joint, proj, io, time."""
+        kinds = {
+            "self": self.self_attention,
+            "joint": self.joint_attention if include_joint else "",
+            "proj": self.projections,
+            "io": self.io,
+            "time": self.time,
+        }
+        return {kind: expression for kind, expression in kinds.items() if expression}
+
+    def slider(self, include_joint: bool = True) -> str:
+        """All slider expressions as one; "" if the family states none."""
+        return "|".join(f"(?:{expression})" for expression in self.by_kind(include_joint).values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """A configuration key of one family alone; the command line, the configuration file and the page read it."""
+
+    name: str
+    type: type[bool] | type[int] | type[float] | type[str]
+    default: bool | int | float | str | None
+    help: str
+    choices: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """The facts about a model family. Everything that is not a fact is a hook with a default."""
+
+    name: str
+    """The family's name, equal to that of its entry point: lower case, digits and underscores."""
+
+    title: str
+    """The name that people use."""
+
+    denoiser: str
+    """Name of the pipeline component that is trained: `unet`, `transformer`, ... Also the prefix of keys in exported files."""
+
+    denoiser_class: str
+    """Class name of the denoiser, as in the `_class_name` of its config.json."""
+
+    noise: Flow | Diffusion
+    """The noise process with its sign and time conventions."""
+
+    targets: Targets = field(default_factory=Targets)
+    """Where adapters attach."""
+
+    pipeline_class: str = ""
+    """Class name of the diffusers pipeline that loads and draws; "" takes the one that the folder names."""
+
+    load_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Extra keyword arguments of the pipeline's `from_pretrained`."""
+
+    expects: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Denoiser configuration keys and the values this family can train; any other value is reported as a wrong model."""
+
+    modalities: tuple[str, ...] = ("image",)
+    """What it makes: image, video, audio."""
+
+    guidance_scale: float = 5.0
+    """Default `guidance_scale` of validation."""
+
+    flavours: Mapping[str, str] = field(default_factory=dict)
+    """Published versions: flavour name to hub id, the default of `pretrained_model_name_or_path`."""
+
+    default_flavour: str | None = None
+    """The flavour that is meant if none is named."""
+
+    options: tuple[Option, ...] = ()
+    """Configuration keys of this family alone."""
+
+    aliases: tuple[str, ...] = ()
+    """Other spellings of the name that a configuration may use."""
+
+    tiny: Callable[[Path], None] | None = None
+    """Write a tiny random pipeline folder, built from configs with real classes, for tests."""
+
+    contract: tuple[int, int] = CONTRACT
+    """The version of the contract that this module was written for."""
+
+
+# --- What hooks are asked, and what they answer -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadRequest:
+    """Which model to load, and how."""
+
+    model: str
+    """Folder of a diffusers pipeline, or a hub id."""
+
+    dtype: Any
+    """`torch.dtype` of the frozen weights."""
+
+    revision: str | None = None
+    """Revision of a hub id."""
+
+    variant: str | None = None
+    """Variant of the weight files, such as `fp16`."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Values of the family's own options."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Components:
+    """A loaded model. Mutable: the host moves and releases parts of it."""
+
+    denoiser: Module
+    """What is trained, in evaluation mode and frozen; adapters are injected into it in place."""
+
+    pipeline: Any
+    """The diffusers pipeline (or an object with its call) around the same denoiser."""
+
+    scheduler: Any
+    """The scheduler that the model was published with."""
+
+    prediction: Literal["epsilon", "v_prediction", "flow"]
+    """What the denoiser predicts, read from the loaded files."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Values of the family's own options."""
+
+    extras: dict[str, Any] = field(default_factory=dict)
+    """Anything a family wants to keep."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetRequest:
+    """What the user wants adapters attached to."""
+
+    slider: bool
+    """`slider_lora_target`: slider targets instead of the standard ones."""
+
+    explicit: tuple[str, ...] | str | None = None
+    """The user's own targets, which always win: a list is matched by suffix as PEFT does, a string as a whole name."""
+
+    adapter: str = "lora"
+    """Adapter kind."""
+
+    include_joint: bool = True
+    """Whether modules that see text and image tokens together may be matched."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedTargets:
+    """The answer of `resolve_lora_targets`."""
+
+    expression: str
+    """One regular expression over full module names, matched as a whole."""
+
+    source: Literal["slider", "documented", "explicit", "standard"]
+    """Where it comes from: the family's verified expression, the documented list, the user, the standard LoRA targets."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BucketInfo:
+    """One dataset entry, as the sampler sees it."""
+
+    name: str
+    """Its id; unique."""
+
+    strength: float | None
+    """`slider_strength`; None or 0 is neutral."""
+
+    batches: int
+    """Batches in one epoch, at least 1."""
+
+    samples: int
+    """Images in one epoch, repeats included."""
+
+    probability: float = 1.0
+    """Weight inside its group, at least 0; at 0 it is drawn only if nothing else in its group can be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """One step of the cycle: which bucket, which of its batches, and the scale that the adapter runs at."""
+
+    position: int
+    """How many draws came before this one since the start of the run."""
+
+    epoch: int
+    """Counted from 0."""
+
+    bucket: str
+    """The bucket's name."""
+
+    index: int
+    """Which batch of the bucket in this epoch, 0 to `BucketInfo.batches - 1`."""
+
+    scale: float
+    """What the adapter is multiplied by: the bucket's strength, or plus and minus `neutral_scale` in turn."""
+
+    neutral: bool
+    """Whether the frozen model's prediction is to be preserved here instead of learning the images."""
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """An endless, deterministic sequence of draws whose position can be saved."""
+
+    def __iter__(self) -> Iterator[Draw]: ...
+
+    def __next__(self) -> Draw: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, as something JSON can hold."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved position. Raises ValueError if the state belongs to other buckets."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptEntry:
+    """One entry of the prompt library."""
+
+    name: str
+    """Its key."""
+
+    prompt: str
+    """The text."""
+
+    adapter_strength: float | None = None
+    """Its own strength; None takes the global one."""
+
+
