@@ -1,0 +1,1 @@
+"""Trainable adapters behind one small interface."""

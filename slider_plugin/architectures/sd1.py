@@ -1,0 +1,75 @@
+"""Stable Diffusion 1.x: a UNet that predicts noise (or v), conditioned on CLIP-L by cross-attention.
+
+Conventions: diffusers examples/text_to_image/train_text_to_image_lora.py:867-902.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from slider_hooks import Diffusion, Family, Targets
+
+
+def tiny(folder: Path) -> None:
+    """Write a random pipeline of a few hundred kilobytes: real classes, real tokenizer, 8x8 latents."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+    from slider_plugin.testing.tiny import autoencoder, clip, redraw_zeros, seeded
+
+    with seeded(0):
+        text_encoder, tokenizer = clip(hidden_size=24)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=24,
+            attention_head_dim=8,
+            norm_num_groups=8,
+        )
+        pipeline = StableDiffusionPipeline(
+            vae=autoencoder(latent_channels=4, shift_factor=None),
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=redraw_zeros(unet),
+            scheduler=DDIMScheduler(
+                beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
+            ),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipeline.save_pretrained(folder)
+
+
+FAMILY = Family(
+    name="sd1",
+    title="Stable Diffusion 1.x",
+    denoiser="unet",
+    denoiser_class="UNet2DConditionModel",
+    pipeline_class="StableDiffusionPipeline",
+    # The checker is no part of training, and loading it would cost more than the autoencoder does.
+    load_kwargs={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+    noise=Diffusion(),
+    targets=Targets(
+        self_attention=r"(.*\.)?attn1\.(to_q|to_k|to_v|to_out\.0)",
+        projections=r".*attentions\.\d+\.proj_(in|out)",
+        io=r"conv_in|conv_out",
+        time=r"time_embedding\.linear_[12]",
+        forbidden=r"(.*\.)?attn2\..*",
+        standard=r"(.*\.)?attn[12]\.(to_q|to_k|to_v|to_out\.0)",
+    ),
+    expects={
+        "in_channels": (4,),  # 9 is an inpainting model
+        "addition_embed_type": (None,),  # "text_time" is SDXL
+        "encoder_hid_dim_type": (None,),
+        "only_cross_attention": (False, None),  # attn1 would attend to text
+    },
+    guidance_scale=7.5,
+    # diffusers docs/source/en/api/pipelines/stable_diffusion/overview.md
+    flavours={"1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5"},
+    default_flavour="1.5",
+    aliases=("sd1x", "sd15", "sd1.5"),
+    tiny=tiny,
+)

@@ -1,0 +1,88 @@
+"""Z-Image and Z-Image Turbo: a single-stream transformer for flow matching, conditioned on Qwen3.
+
+Its output is the negated velocity and its time runs from 0 (noise) to 1 (image):
+diffusers pipelines/z_image/pipeline_z_image.py:510-568, examples/dreambooth/train_dreambooth_lora_z_image.py:1727-1769.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slider_hooks import Components, Conditioning, Family, Flow, Targets, hookimpl, one_minus_sigma
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def tiny(folder: Path) -> None:
+    """Write a random pipeline of a few megabytes: real classes, real tokenizer, 16x16 latents."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+
+    from slider_plugin.testing.tiny import autoencoder, qwen3, redraw_zeros, seeded
+
+    with seeded(0):
+        text_encoder, tokenizer = qwen3(hidden_size=32)
+        transformer = ZImageTransformer2DModel(
+            in_channels=4,
+            dim=32,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=32,
+            axes_dims=[8, 4, 4],
+            axes_lens=[640, 64, 64],
+        )
+        pipeline = ZImagePipeline(
+            vae=autoencoder(latent_channels=4),
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            transformer=redraw_zeros(transformer),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        )
+    pipeline.save_pretrained(folder)
+
+
+FAMILY = Family(
+    name="z_image",
+    title="Z-Image",
+    denoiser="transformer",
+    denoiser_class="ZImageTransformer2DModel",
+    pipeline_class="ZImagePipeline",
+    noise=Flow(sign=-1, time=one_minus_sigma),
+    targets=Targets(
+        self_attention=r"noise_refiner\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)",
+        joint_attention=r"layers\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)",
+        io=r"all_x_embedder\.\d+-\d+|all_final_layer\.\d+-\d+\.linear",
+        time=r"t_embedder\.mlp\.[02]",
+        forbidden=r"context_refiner\..*|cap_embedder\..*|siglip_.*",
+        standard=r"(noise_refiner|layers)\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)",
+    ),
+    expects={"siglip_feat_dim": (None,)},  # Omni wants reference images, too
+    guidance_scale=5.0,
+    # diffusers docs/source/en/api/pipelines/z_image.md
+    flavours={"turbo": "Tongyi-MAI/Z-Image-Turbo"},
+    default_flavour="turbo",
+    aliases=("zimage",),
+    tiny=tiny,
+)
+
+
+@hookimpl
+def encode_prompts(components: Components, prompts: Sequence[str]) -> Sequence[Conditioning]:
+    """The last but one hidden state of Qwen3, `(T, D)`, without padding: prompts differ in length."""
+    pipeline = components.pipeline
+    embeds, _ = pipeline.encode_prompt(list(prompts), device=components.denoiser.device, do_classifier_free_guidance=False)
+    return [{"prompt_embeds": embeds_TD} for embeds_TD in embeds]
+
+
+@hookimpl
+def predict(components: Components, noisy: Tensor, time: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
+    """The transformer takes and gives lists of `(C, 1, H, W)`, one frame each."""
+    import torch
+
+    embeds = [c["prompt_embeds"] for c in conditioning]
+    output = components.denoiser(list(noisy.unsqueeze(2)), time, embeds, return_dict=False)[0]
+    return torch.stack(list(output)).squeeze(2)

@@ -1,0 +1,129 @@
+"""Load a diffusers pipeline folder, safetensors only, and find out beforehand whether it is the right kind of model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from slider_hooks import Components, Diffusion, Family, LoadRequest
+from slider_plugin.errors import UserError
+
+INDEX_FILES = ("model_index.json", "modular_model_index.json")
+
+
+def model_folder(family: Family, model: str) -> Path | None:
+    """The folder that `model` names, or None for a hub id. Raises UserError for a path that is not there."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    looks_like_a_path = folder.exists() or folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1
+    if looks_like_a_path:
+        kind = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"pretrained_model_name_or_path: {model} {kind}; give the folder of a {family.title} pipeline")
+    return None
+
+
+def check_folder(family: Family, folder: Path) -> None:
+    """Raise UserError unless the folder holds a pipeline whose denoiser this family can train. Reads JSON only."""
+    index = next((folder / name for name in INDEX_FILES if (folder / name).is_file()), None)
+    if index is None:
+        raise UserError(
+            f"{folder} is not a diffusers pipeline folder: it has no {INDEX_FILES[0]}. "
+            f"Give the folder that `save_pretrained` of a {family.title} pipeline wrote"
+        )
+    config = _read_json(folder / family.denoiser / "config.json", family)
+    found = config.get("_class_name")
+    if found != family.denoiser_class:
+        raise UserError(
+            f"{folder} is not a {family.title} model: its {family.denoiser} is a {found}, "
+            f"and family {family.name} trains {family.denoiser_class}. Set model_family to the family of this model"
+        )
+    wrong = {k: config.get(k) for k, allowed in family.expects.items() if config.get(k) not in allowed}
+    if wrong:
+        details = ", ".join(f"{k} is {v!r} instead of {_or(family.expects[k])}" for k, v in wrong.items())
+        raise UserError(
+            f"{folder} is not a {family.title} model that family {family.name} can train: in {family.denoiser}/config.json "
+            f"{details}. Set model_family to the family of this model"
+        )
+
+
+def denoiser_config(family: Family, folder: Path) -> dict[str, Any]:
+    """The denoiser's configuration as stored in the folder."""
+    return _read_json(folder / family.denoiser / "config.json", family)
+
+
+def _or(values: tuple[Any, ...]) -> str:
+    return " or ".join(repr(v) for v in values)
+
+
+def _read_json(path: Path, family: Family) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(
+            f"{path.parent.parent} is not a {family.title} model: it has no {path.parent.name}/config.json. "
+            "Set model_family to the family of this model"
+        )
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}. Copy the model folder again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object. Copy the model folder again")
+    return value
+
+
+def load_pipeline_components(family: Family, request: LoadRequest) -> Components:
+    """Load all parts of a pipeline in `request.dtype`, frozen and in evaluation mode.
+
+    Raises:
+        UserError: the folder is missing, is no pipeline folder, or holds another family's model.
+    """
+    import diffusers
+
+    folder = model_folder(family, request.model)
+    if folder is not None:
+        check_folder(family, folder)
+    pipeline_class = getattr(diffusers, family.pipeline_class or "DiffusionPipeline")
+    try:
+        pipeline = pipeline_class.from_pretrained(
+            request.model,
+            torch_dtype=request.dtype,  # diffusers before 0.42 does not know `dtype`
+            use_safetensors=True,
+            revision=request.revision,
+            variant=request.variant,
+            **family.load_kwargs,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{request.model} could not be loaded as a {family.title} pipeline: {_first_line(error)}") from error
+    denoiser = getattr(pipeline, family.denoiser)
+    for part in pipeline.components.values():
+        if hasattr(part, "requires_grad_"):
+            part.requires_grad_(False).eval()
+    return Components(
+        denoiser=denoiser,
+        pipeline=pipeline,
+        scheduler=pipeline.scheduler,
+        prediction=prediction_of(family, pipeline.scheduler),
+        options=request.options,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def prediction_of(family: Family, scheduler: Any) -> Any:
+    """What the denoiser predicts: what the family states, or else what the loaded scheduler says."""
+    if not isinstance(family.noise, Diffusion):
+        return "flow"
+    prediction = family.noise.prediction or scheduler.config.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise UserError(f"the scheduler's prediction_type is {prediction!r}; {family.title} can train epsilon and v_prediction")
+    return prediction
+
+
+def posterior_mode(encoded: Any) -> Any:
+    """The deterministic latents of any diffusers autoencoder's `encode`: AutoencoderKL, AutoencoderTiny, AutoencoderDC."""
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.mode()
+    return encoded.latents if hasattr(encoded, "latents") else encoded.latent

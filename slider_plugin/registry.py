@@ -1,0 +1,472 @@
+"""Find plugins without importing them, load the one family that was asked for, and name who is to blame when that fails.
+
+pluggy's own loader is not used: it stops at the first broken plugin, skips clashing names silently, and lets any plugin answer
+for every family. Here each entry point becomes a row, one family is imported on demand, and its hooks are called through a
+manager that holds the host's defaults and that family alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import Distribution, EntryPoint, distributions
+from importlib.util import find_spec
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+import pluggy
+
+from slider_hooks import (
+    ARCHITECTURES,
+    CONTRACT,
+    EXTENSIONS,
+    PROJECT,
+    BucketInfo,
+    Components,
+    Conditioning,
+    Family,
+    LoadRequest,
+    PromptEntry,
+    ResolvedTargets,
+    Sampler,
+    TargetRequest,
+    specs,
+)
+from slider_plugin.errors import PluginError, UserError
+from slider_plugin.lint import lint, lint_hooks, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
+HOST = "slider-plugin"
+"""Our own distribution: what it brings is built in, and wins over a third party's family of the same name."""
+
+BLOCK = "SLIDER_PLUGIN_BLOCK"
+"""Environment variable: comma-separated plugins to leave out, as `family`, `distribution` or `distribution:family`."""
+
+ALLOW = "SLIDER_PLUGIN_ALLOW"
+"""Environment variable: if set, the only third-party plugins to use, in the same words. Empty: built-ins alone."""
+
+Status = Literal["available", "blocked", "shadowed", "clash", "missing", "broken"]
+Kind = Literal["architecture", "extension"]
+KINDS: dict[str, Kind] = {ARCHITECTURES: "architecture", EXTENSIONS: "extension"}
+
+
+@dataclass(frozen=True)
+class PluginRow:
+    """One installed plugin, as `slider plugins list` shows it. The field names are the keys of its JSON."""
+
+    family: str | None
+    """The family's name; None for an extension, which serves every family."""
+
+    distribution: str
+    version: str
+
+    target: str
+    """Where the entry point leads: `module` or `module:attribute`."""
+
+    status: Status
+    """`broken` is found only by a check, which imports."""
+
+    error: str | None
+    """Why it cannot be used, and what to do about it."""
+
+    kind: Kind
+    name: str
+    """Name of the entry point."""
+
+    @property
+    def builtin(self) -> bool:
+        return canonical(self.distribution) == HOST
+
+    @property
+    def key(self) -> str:
+        """What names this row alone in `SLIDER_PLUGIN_BLOCK`."""
+        return f"{self.distribution}:{self.name}"
+
+    def __str__(self) -> str:
+        what = f"family {self.name}" if self.kind == "architecture" else f"extension {self.name}"
+        return f"{what} ({self.distribution} {self.version}, {self.target}, {locate(self.target) or 'no file'})"
+
+    def way_out(self) -> str:
+        """What to do about a plugin that does not work."""
+        if self.builtin:
+            return f"reinstall {HOST} (`pip install --force-reinstall --no-deps {HOST}`, or `pip install -e .` in a checkout)"
+        return f"update it, remove it with `pip uninstall {self.distribution}`, or leave it out with {BLOCK}={self.key}"
+
+
+# --- Discovery: nothing is imported ----------------------------------------------------------------------------------
+
+
+def canonical(name: str) -> str:
+    """A distribution's name as package indexes compare it (PEP 503); here for families and `distribution:family` as well."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def installed() -> Iterator[EntryPoint]:
+    """The entry points of both groups in this environment, the first on `sys.path` first.
+
+    Not `importlib.metadata.entry_points()`: that keeps the first of two metadata folders of one distribution, so a stale
+    `.egg-info` in a checkout would hide the real installation.
+    """
+    found = [(dist, point) for dist in distributions() for point in dist.entry_points if point.group in KINDS]
+    yield from (point for _, point in sorted(found, key=lambda pair: pair[0].read_text("METADATA") is None))
+
+
+def locate(target: str) -> str | None:
+    """The file that a target names, without running any of the plugin's code; None where there is none."""
+    module = re.split(r"[:\[]", target, maxsplit=1)[0].strip()
+    if not all(part.isidentifier() for part in module.split(".")):
+        return None
+    top, *rest = module.split(".")
+    try:
+        spec = find_spec(top)
+    except ValueError:  # a module without a spec, such as __main__
+        return None
+    for part in rest:
+        spec = _submodule(spec, part)
+    return spec.origin if spec else None  # a folder without code, such as a left-over __pycache__, has no origin
+
+
+def _submodule(parent: ModuleSpec | None, name: str) -> ModuleSpec | None:
+    # `find_spec("a.b")` would import `a`, which is the plugin's code; its folders can be searched without that.
+    if parent is None or parent.submodule_search_locations is None:
+        return None
+    return PathFinder.find_spec(name, list(parent.submodule_search_locations))
+
+
+def read(points: Iterable[EntryPoint]) -> list[PluginRow]:
+    """One row for each entry point, sorted; a distribution that is on the path twice counts once."""
+    rows: dict[tuple[str, str, str], PluginRow] = {}
+    for point in points:
+        row = _row(point, point.dist)
+        rows.setdefault((row.kind, row.name, canonical(row.distribution)), row)
+    return sorted(rows.values(), key=lambda row: (row.kind, row.name, canonical(row.distribution)))
+
+
+def _row(point: EntryPoint, dist: Distribution | None) -> PluginRow:
+    kind = KINDS[point.group]
+    return PluginRow(
+        family=point.name if kind == "architecture" else None,
+        distribution=(dist and dist.name) or "unknown",
+        version=(dist and dist.version) or "unknown",
+        target=point.value,
+        status="available",
+        error=None,
+        kind=kind,
+        name=point.name,
+    )
+
+
+def missing(rows: list[PluginRow]) -> list[PluginRow]:
+    """Mark the rows whose module is not there, as after moving a file without installing again."""
+    why = "{0.distribution} {0.version} says that it is in {0.target}, which does not exist; {1}"
+    return [row if locate(row.target) else replace(row, status="missing", error=why.format(row, row.way_out())) for row in rows]
+
+
+def choose(rows: list[PluginRow], environ: Mapping[str, str]) -> list[PluginRow]:
+    """Block what `SLIDER_PLUGIN_BLOCK` names, and every third party that `SLIDER_PLUGIN_ALLOW` does not name if it is set."""
+    block, allow = _words(rows, environ, BLOCK), _words(rows, environ, ALLOW)
+
+    def judge(row: PluginRow) -> PluginRow:
+        if _names(row) & block:
+            return replace(row, status="blocked", error=f"named in {BLOCK}")
+        if ALLOW in environ and not row.builtin and not _names(row) & allow:
+            return replace(row, status="blocked", error=f"not named in {ALLOW}")
+        return row
+
+    return [judge(row) for row in rows]
+
+
+def _names(row: PluginRow) -> set[str]:
+    """What a variable may call a row; case, `-` and `_` make no difference."""
+    return {canonical(row.name), canonical(row.distribution), canonical(row.key)}
+
+
+def _words(rows: list[PluginRow], environ: Mapping[str, str], variable: str) -> set[str]:
+    words = [word for part in environ.get(variable, "").split(",") if (word := part.strip())]
+    known = {name for row in rows for name in _names(row)}
+    unknown = [word for word in words if canonical(word) not in known]
+    if unknown:
+        spellings = sorted({spelling for row in rows for spelling in (row.name, row.distribution, row.key)})
+        raise PluginError(
+            f"{variable} names what is not installed: {', '.join(word + nearest(word, spellings) for word in unknown)}. Write "
+            f"family, distribution or distribution:family. Installed: {', '.join(row.key for row in rows) or 'none at all'}"
+        )
+    return {canonical(word) for word in words}
+
+
+def settle(rows: list[PluginRow]) -> list[PluginRow]:
+    """Decide who owns a family's name: the built-in if there is one, else nobody where two distributions want it."""
+    usable = [row for row in rows if row.status == "available" and row.kind == "architecture"]
+    return [_rank(row, [o for o in usable if o.name == row.name and o != row]) if row in usable else row for row in rows]
+
+
+def _rank(row: PluginRow, rivals: list[PluginRow]) -> PluginRow:
+    builtin = next((rival for rival in rivals if rival.builtin), None)
+    if row.builtin or not rivals:
+        return row
+    if builtin:
+        why = f"is built in, and {builtin.distribution} {builtin.version} wins over {row.distribution} {row.version}"
+        way_out = f"to use this one, leave the built-in out with {BLOCK}={builtin.key}"
+        return replace(row, status="shadowed", error=f"family {row.name} {why}; {way_out}")
+    claims = " and ".join(sorted(f"{claim.distribution} {claim.version}" for claim in (row, *rivals)))
+    way_out = f"uninstall one (`pip uninstall {row.distribution}`), or leave one out with {BLOCK}={row.key}"
+    return replace(row, status="clash", error=f"family {row.name} is claimed by {claims}; {way_out}")
+
+
+# --- The registry ----------------------------------------------------------------------------------------------------
+
+
+class Plugins:
+    """The plugins of this environment. Only what is asked for is imported, once."""
+
+    def __init__(self, rows: Sequence[PluginRow]) -> None:
+        self._rows = tuple(rows)
+        self._imported: dict[str, Any] = {}
+
+    @classmethod
+    def discover(cls, entry_points: Iterable[EntryPoint] | None = None, environ: Mapping[str, str] | None = None) -> Plugins:
+        """Read the entry points of this environment, or those given; nothing of a plugin is imported.
+
+        Raises PluginError if `SLIDER_PLUGIN_BLOCK` or `SLIDER_PLUGIN_ALLOW` names what is not there.
+        """
+        rows = read(installed() if entry_points is None else entry_points)
+        return cls(settle(choose(missing(rows), os.environ if environ is None else environ)))
+
+    def rows(self, check: bool = False) -> list[PluginRow]:
+        """Every plugin, sorted. With `check` each usable one is imported and linted, and none can harm another."""
+        return [self._checked(row) if check and row.status == "available" else row for row in self._rows]
+
+    def families(self) -> list[str]:
+        """Names of the families that can be asked for."""
+        return [row.name for row in self._rows if row.family and row.status == "available"]
+
+    def facts(self, name: str) -> Family:
+        """The facts of one family, by its name, another spelling of it, or an alias."""
+        plugin = self._import(self._find(name))
+        family: Family = plugin.FAMILY
+        return family
+
+    def load(self, name: str) -> LoadedFamily:
+        """One family, ready to be called."""
+        row = self._find(name)
+        return LoadedFamily(row, self._import(row), importlib.import_module("slider_plugin.defaults"))
+
+    def _checked(self, row: PluginRow) -> PluginRow:
+        try:
+            self._import(row)
+        except PluginError as error:
+            return replace(row, status="broken", error=str(error))
+        return row
+
+    def _find(self, name: str) -> PluginRow:
+        usable = {row.name: row for row in self._rows if row.family and row.status == "available"}
+        for spelling in (name, name.replace("-", "_"), _plain(name)):
+            if spelling in usable:
+                return usable[spelling]
+        ours, broken = self._by_alias(name, [row for row in usable.values() if row.builtin])
+        unusable = [row for row in self._rows if row.family == _plain(name)]
+        if not ours and not unusable:  # only now is it worth importing what others wrote
+            ours, more = self._by_alias(name, [row for row in usable.values() if not row.builtin])
+            broken += more
+        if ours:
+            return ours
+        raise PluginError(_refusal(name, unusable, list(usable), broken))
+
+    def _by_alias(self, name: str, rows: list[PluginRow]) -> tuple[PluginRow | None, list[str]]:
+        """The row whose family has this alias, and the rows that could not be asked."""
+        broken: list[str] = []
+        for row in rows:
+            try:
+                if _plain(name) in map(_plain, self._import(row).FAMILY.aliases):
+                    return row, broken
+            except PluginError:
+                broken.append(row.key)
+        return None, broken
+
+    def _import(self, row: PluginRow) -> Any:
+        if row.key not in self._imported:
+            self._imported[row.key] = admit(row, import_target(row))
+        return self._imported[row.key]
+
+
+def _plain(name: str) -> str:
+    return name.replace("-", "_").lower()
+
+
+def _refusal(name: str, unusable: list[PluginRow], usable: list[str], broken: list[str]) -> str:
+    if unusable:
+        return "; ".join(f"{row.key} is {row.status}: {row.error}" for row in unusable)
+    if not usable:
+        return (
+            f"there is no family {name!r}, nor any other: this environment has no plugin of the group {ARCHITECTURES}. "
+            f"In a checkout, run `pip install -e .` once; entry points exist only after an installation"
+        )
+    unread = f". Not looked into, as they are broken: {', '.join(broken)} (`slider plugins list --check`)" if broken else ""
+    return f"there is no family {name!r}{nearest(_plain(name), usable)}; there are {', '.join(usable)}{unread}"
+
+
+def import_target(row: PluginRow) -> Any:
+    """Import one plugin. The only place where any exception is caught: what a plugin raises while it is imported is unknown."""
+    try:
+        return EntryPoint(row.name, row.target, ARCHITECTURES).load()
+    except (Exception, SystemExit) as error:
+        what = f"{type(error).__name__}: {error}"
+        contract = ".".join(map(str, CONTRACT))
+        raise PluginError(f"{row} cannot be imported (contract {contract} here): {what}. Way out: {row.way_out()}") from error
+
+
+def admit(row: PluginRow, plugin: Any) -> Any:
+    """Refuse a plugin of another contract, or one with findings, all of them at once."""
+    family = getattr(plugin, "FAMILY", None)
+    if row.kind == "architecture" and isinstance(family, Family):
+        _compare_contracts(row, family.contract)
+    findings = lint(plugin, row.name) if row.kind == "architecture" else lint_hooks(plugin)
+    if findings:
+        raise PluginError(f"{row} cannot be used:\n" + "\n".join(f"  - {f}" for f in findings) + f"\nWay out: {row.way_out()}")
+    return plugin
+
+
+def _compare_contracts(row: PluginRow, theirs: tuple[int, int]) -> None:
+    wrote, here = (".".join(map(str, version)) for version in (theirs, CONTRACT))
+    if theirs[0] != CONTRACT[0]:
+        raise PluginError(f"{row} is written for contract {wrote}, and this host has {here}. Way out: {row.way_out()}")
+    if theirs > CONTRACT:
+        line = f"{row} is written for contract {wrote}, and this host has {here}: what is new has no effect; update {HOST}"
+        warnings.warn(line, stacklevel=2)
+
+
+# --- One family ------------------------------------------------------------------------------------------------------
+
+
+class LoadedFamily:
+    """One family and the host's defaults behind one typed method for each hook.
+
+    The plugins of other families are not even registered, so none can answer for this one. What a hook raises passes
+    through with a note that says whose hook it was; what it returns is checked.
+    """
+
+    def __init__(self, row: PluginRow, plugin: Any, defaults: Any) -> None:
+        self.facts: Family = plugin.FAMILY
+        self.distribution, self.version = row.distribution, row.version
+        self._row, self._plugin = row, plugin
+        manager = pluggy.PluginManager(PROJECT)
+        manager.add_hookspecs(specs)
+        manager.register(defaults, name="defaults")
+        try:
+            manager.register(plugin, name=row.key)  # last, so that it is asked first
+        except pluggy.PluginValidationError as error:
+            raise PluginError(f"{row} cannot be used: {error}. Way out: {row.way_out()}") from error
+        self._hooks: dict[str, pluggy.HookCaller] = {name: getattr(manager.hook, name) for name in specs.HOOKS}
+
+    def resolve_lora_targets(self, denoiser: Module, controlnet: Module | None, request: TargetRequest) -> ResolvedTargets:
+        hook = "resolve_lora_targets"
+        answer = self._call(hook, denoiser=denoiser, controlnet=controlnet, request=request)
+        resolved: ResolvedTargets = self._expect(hook, answer, ResolvedTargets)
+        try:
+            re.compile(resolved.expression)
+        except re.error as error:
+            self._refuse(hook, f"gave {resolved.expression!r}, which is not a regular expression: {error}")
+        return resolved
+
+    def build_sampler(
+        self, buckets: Sequence[BucketInfo], seed: int, weighting: str = "uniform", neutral_scale: float = 1.0
+    ) -> Sampler:
+        hook = "build_sampler"
+        answer = self._call(hook, buckets=buckets, seed=seed, weighting=weighting, neutral_scale=neutral_scale)
+        sampler: Sampler = self._expect(hook, answer, Sampler)
+        return sampler
+
+    def validation_prompt_scale(self, entry: PromptEntry, global_strength: float) -> float:
+        hook = "validation_prompt_scale"
+        answer = self._call(hook, entry=entry, global_strength=global_strength)
+        if isinstance(answer, bool) or not isinstance(answer, Real) or not math.isfinite(answer):
+            self._refuse(hook, f"gave {answer!r} for prompt {entry.name!r}, and a scale is a finite number")
+        return float(answer)
+
+    def load_components(self, request: LoadRequest) -> Components:
+        hook = "load_components"
+        components: Components = self._expect(hook, self._call(hook, request=request), Components)
+        return components
+
+    def encode_prompts(self, components: Components, prompts: Sequence[str]) -> Sequence[Conditioning]:
+        hook = "encode_prompts"
+        answer = self._call(hook, components=components, prompts=prompts)
+        encoded: Sequence[Conditioning] = self._expect(hook, answer, Sequence)
+        if len(encoded) != len(prompts):
+            self._refuse(hook, f"gave {len(encoded)} results for {len(prompts)} prompts")
+        for item in encoded:
+            self._expect(hook, item, Mapping)
+        return encoded
+
+    def encode_images(self, components: Components, images: Tensor) -> Tensor:
+        latents: Tensor = self._call("encode_images", components=components, images=images)
+        shape = getattr(latents, "shape", ())
+        if not shape or shape[0] != images.shape[0]:
+            self._refuse("encode_images", f"gave {_short(latents)} for {images.shape[0]} images")
+        return latents
+
+    def predict(self, components: Components, noisy: Tensor, time: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
+        output: Tensor = self._call("predict", components=components, noisy=noisy, time=time, conditioning=conditioning)
+        if getattr(output, "shape", None) != noisy.shape:
+            self._refuse("predict", f"gave {_short(output)} for noisy latents of shape {tuple(noisy.shape)}")
+        return output
+
+    def build_pipeline(self, components: Components) -> Any:
+        pipeline = self._call("build_pipeline", components=components)
+        if not callable(pipeline):
+            self._refuse("build_pipeline", f"gave {_short(pipeline)}, which cannot be called")
+        return pipeline
+
+    def describe(self) -> dict[str, Any]:
+        """Who made what this family makes, for the metadata of a run and of its files."""
+        return {
+            "family": self.facts.name,
+            "distribution": self.distribution,
+            "version": self.version,
+            "contract": ".".join(map(str, self.facts.contract)),
+            "hooks": {hook: self._owner(hook) for hook in specs.HOOKS},
+        }
+
+    def _owner(self, hook: str) -> str:
+        """Who answers: the family, the host's default, or the default with the family's wrapper around it."""
+        own = [impl for impl in self._hooks[hook].get_hookimpls() if impl.plugin is self._plugin]
+        wrapped = all(impl.wrapper or impl.hookwrapper for impl in own)
+        return "default" if not own else "wrapped default" if wrapped else "family"
+
+    def _call(self, hook: str, **arguments: Any) -> Any:
+        try:
+            answer = self._hooks[hook](family=self.facts, **arguments)
+        except UserError:
+            raise
+        except Exception as error:
+            error.add_note(self._where(hook))
+            raise
+        if answer is None:
+            self._refuse(hook, "gave None, and nobody else answers")
+        return answer
+
+    def _expect(self, hook: str, answer: Any, kind: type) -> Any:
+        if not isinstance(answer, kind) or isinstance(answer, str):
+            self._refuse(hook, f"gave {_short(answer)}, not a {kind.__name__}")
+        return answer
+
+    def _where(self, hook: str) -> str:
+        return f"in hook {hook} of {self._row}, answered by the {self._owner(hook)}"
+
+    def _refuse(self, hook: str, complaint: str) -> NoReturn:
+        raise PluginError(f"{self._where(hook)}: it {complaint}")
+
+
+def _short(value: Any) -> str:
+    """A value in a few words: never the numbers of a tensor."""
+    shape = getattr(value, "shape", None)
+    return f"a {type(value).__name__}" + (f" of shape {tuple(shape)}" if shape is not None else "")

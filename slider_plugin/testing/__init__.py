@@ -1,0 +1,1 @@
+"""What families and their authors test with: tiny pipelines from real classes."""

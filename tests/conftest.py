@@ -1,0 +1,105 @@
+"""Shared fixtures: tiny pipelines of the built-in families, image folders, and a registry that sees our own plugins alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach for a hub
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # known answers are those of the processor
+
+FAMILIES = ("sd1", "z_image")
+
+
+@pytest.fixture(autouse=True)
+def _only_own_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test may depend on what else is installed."""
+    monkeypatch.setenv("SLIDER_PLUGIN_ALLOW", "slider-plugin")
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a family's tiny random pipeline, built once."""
+    root = tmp_path_factory.mktemp("tiny")
+
+    def build(name: str) -> Path:
+        from slider_plugin.registry import Plugins
+
+        folder = root / name
+        if not folder.exists():
+            write = Plugins.discover().facts(name).tiny
+            assert write is not None
+            write(folder)
+        return folder
+
+    return build
+
+
+@pytest.fixture
+def load(tiny_folders: Callable[[str], Path]) -> Callable[[str], tuple[Any, Any]]:
+    """`(family, components)` of a tiny pipeline, loaded anew."""
+
+    def load_one(name: str) -> tuple[Any, Any]:
+        import torch
+
+        from slider_hooks import LoadRequest
+        from slider_plugin.registry import Plugins
+
+        family = Plugins.discover().load(name)
+        return family, family.load_components(LoadRequest(model=str(tiny_folders(name)), dtype=torch.float32))
+
+    return load_one
+
+
+def draw_images(folder: Path, count: int, light: int, size: tuple[int, int] = (40, 40)) -> Path:
+    """Plain images with captions; `light` 0..255 sets them apart."""
+    from PIL import Image, ImageDraw
+
+    folder.mkdir(parents=True)
+    for number in range(count):
+        image = Image.new("RGB", size, (light, light // 2, 40 + 10 * number))
+        ImageDraw.Draw(image).rectangle((5, 5, 10 + 2 * number, 20), fill=(255 - light, 200, 30))
+        image.save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"a photo of a circle {number}\n")
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path: Path, tiny_folders: Callable[[str], Path]) -> Callable[..., Path]:
+    """Write a small training project; returns its config.json. Keyword arguments are keys of it."""
+
+    def write(family: str = "sd1", neutral: bool = False, **keys: Any) -> Path:
+        more = draw_images(tmp_path / "data" / "more", 4, 220)
+        less = draw_images(tmp_path / "data" / "less", 4, 40)
+        entries = [
+            {"id": "more", "instance_data_dir": str(more), "slider_strength": 0.5},
+            {"id": "less", "instance_data_dir": str(less), "slider_strength": -0.5},
+        ]
+        if neutral:
+            plain = draw_images(tmp_path / "data" / "plain", 2, 120)
+            entries.append({"id": "plain", "instance_data_dir": str(plain), "slider_strength": 0})
+        (tmp_path / "buckets.json").write_text(json.dumps(entries))
+        config = {
+            "model_family": family,
+            "pretrained_model_name_or_path": str(tiny_folders(family)),
+            "data_backend_config": "buckets.json",
+            "output_dir": str(tmp_path / "out"),
+            "slider_lora_target": True,
+            "lora_rank": 4,
+            "resolution": 32,
+            "train_batch_size": 2,
+            "max_train_steps": 4,
+            "learning_rate": 1e-3,
+            "mixed_precision": "no",
+            "seed": 1,
+        }
+        (tmp_path / "config.json").write_text(json.dumps(config | keys))
+        return tmp_path / "config.json"
+
+    return write
