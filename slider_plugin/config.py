@@ -1,0 +1,231 @@
+"""What a run is: every key of a configuration, typed, with its default and one line of help.
+
+The key names are those of the specification and of SimpleTuner's config.json, dataloader JSON and prompt library, so that
+existing files can be read. `configfile.py` reads files and flags into these models and reports every problem at once.
+The command line, `slider train --help` and the page are made from this schema.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
+from pydantic_core import PydanticCustomError
+
+
+def _no_bool(value: object) -> object:
+    """Python counts true as 1; somebody who writes it for a number has made a mistake."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("float_type", "not a number")
+    return value
+
+
+def _listed(value: object) -> object:
+    """A list may be written as text, as flags have it: `-1,0,1` or `[-1, 0, 1]`; one number is a list of one."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.strip().strip("[]").split(",") if part.strip()]
+    return [value] if isinstance(value, (int, float)) else value
+
+
+def _modules(value: object) -> object:
+    """Text that is a JSON list is a list; any other text is a regular expression."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            return value  # a character class, such as [a-z]+
+        return parsed if isinstance(parsed, list) else value
+    return value
+
+
+def _size(value: object) -> object:
+    """1024, "1024" and "1024x768" are sizes; they are kept as text."""
+    text = str(value).strip().lower()
+    if value is None or (not isinstance(value, bool) and re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5})?", text)):
+        return None if value is None else text
+    raise PydanticCustomError("size", "is not one size in pixels; use e.g. 1024 or 1024x768")
+
+
+# The check for true and false comes last here, and therefore runs first.
+Number = Annotated[FiniteFloat, BeforeValidator(_no_bool)]
+Positive = Annotated[FiniteFloat, Field(gt=0), BeforeValidator(_no_bool)]
+NotNegative = Annotated[FiniteFloat, Field(ge=0), BeforeValidator(_no_bool)]
+Fraction = Annotated[FiniteFloat, Field(ge=0, lt=1), BeforeValidator(_no_bool)]
+Chance = Annotated[FiniteFloat, Field(ge=0, le=1), BeforeValidator(_no_bool)]
+Strength = Annotated[FiniteFloat, Field(examples=[0.5, -0.5]), BeforeValidator(_no_bool)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(_no_bool)]
+Steps = Annotated[int, Field(ge=0), BeforeValidator(_no_bool)]
+Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_no_bool)]
+
+STRENGTHS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)
+
+
+class BucketConfig(_Strict):
+    """One image folder of the dataloader JSON, with the strength its images stand for."""
+
+    id: str = Field(min_length=1, description="unique name of the bucket")
+    instance_data_dir: Path = Field(
+        description="folder of images, searched recursively; relative to the dataloader file, or to the current directory"
+    )
+    slider_strength: Strength | None = Field(
+        None, description="positive: more of the concept; negative: less; 0 or absent: neutral"
+    )
+    probability: NotNegative = Field(1.0, description="weight among the buckets of the same sign")
+    repeats: Steps = Field(0, description="extra passes over the images in each epoch")
+    caption_strategy: Literal["filename", "textfile", "instanceprompt"] = Field(
+        "textfile", description="where captions come from"
+    )
+    instance_prompt: str | None = Field(None, description="caption of every image (instanceprompt), or its beginning")
+    prepend_instance_prompt: bool = Field(False, description="put instance_prompt in front of every caption")
+    only_instance_prompt: bool = Field(False, description="use instance_prompt and ignore the captions")
+    disable_multiline_split: bool = Field(False, description="a text file is one caption instead of one a line")
+    resolution: Positive = Field(1024, description="in the unit of resolution_type")
+    resolution_type: Literal["pixel", "area", "pixel_area"] = Field(
+        "pixel_area", description="pixel: shorter edge; area: megapixels; pixel_area: edge of a square of that area"
+    )
+    crop: bool = Field(False, description="crop to crop_aspect instead of keeping the image's own aspect")
+    crop_aspect: Literal["square", "preserve"] = Field("square", description="aspect of the crop")
+    crop_style: Literal["random", "center", "centre", "corner"] = Field("random", description="where the crop is taken")
+    minimum_image_size: NotNegative | None = Field(None, description="smaller images are left out; unit of resolution_type")
+    maximum_image_size: Positive | None = Field(
+        None, description="larger images are scaled to target_downsample_size before the crop"
+    )
+    target_downsample_size: Positive | None = Field(None, description="see maximum_image_size; both or neither")
+    minimum_aspect_ratio: Positive | None = Field(None, description="width by height; outside images are left out")
+    maximum_aspect_ratio: Positive | None = Field(None, description="width by height; outside images are left out")
+    max_num_samples: Count | None = Field(None, description="use a fixed subset of that many images")
+    disabled: bool = Field(False, description="leave this bucket out")
+
+
+class PromptConfig(_Strict):
+    """One entry of the prompt library."""
+
+    name: str = Field(min_length=1, description="short; image files are named after it")
+    prompt: str = Field(description="the text")
+    adapter_strength: Strength | None = Field(None, description="its own strength; without one, validation_adapter_strength")
+
+
+SECTIONS = {
+    "model_family": "model",
+    "lora_type": "adapter",
+    "data_backend_config": "data",
+    "max_train_steps": "training",
+    "output_dir": "output",
+    "validation_prompt": "validation",
+    "strict": "behaviour",
+}
+"""The first key of each section of `RunConfig`: what help and the page group keys by."""
+
+
+class RunConfig(_Strict):
+    """One training run. Field order is the order of help and of the page."""
+
+    # --- model
+    model_family: str = Field(description="which family plugin, see `slider plugins list`")
+    model_flavour: str | None = Field(None, description="published version of the family; the default of the model's place")
+    pretrained_model_name_or_path: str | None = Field(None, description="folder of a diffusers pipeline, or a hub id")
+    revision: str | None = Field(None, description="revision of a hub id")
+    variant: str | None = Field(None, description="variant of the weight files, such as fp16")
+    model_type: Literal["lora"] = Field("lora", description="sliders are adapters")
+
+    # --- adapter
+    lora_type: Literal["standard"] = Field("standard", description="adapter library: standard is PEFT")
+    lora_rank: Count = Field(16, description="rank of the adapter")
+    lora_alpha: Positive | None = Field(None, description="the adapter's output is scaled by alpha / rank; None is the rank")
+    lora_dropout: Fraction = Field(0.0, description="dropout in front of the adapter")
+    slider_lora_target: bool = Field(
+        False, description="attach to the slider targets of the family: no cross-attention, no text branch"
+    )
+    include_joint: bool = Field(True, description="slider targets may include modules that see text and image tokens together")
+    peft_lora_target_modules: Annotated[tuple[str, ...] | str | None, BeforeValidator(_modules)] = Field(
+        None,
+        description="your own targets, which always win: a list matches by suffix, text is a pattern for the whole name",
+    )
+
+    # --- data
+    data_backend_config: Path | None = Field(None, description="dataloader JSON: the list of buckets")
+    buckets: tuple[BucketConfig, ...] = Field((), description="the buckets themselves, instead of a file")
+    data_backend_sampling: Literal["uniform", "auto-weighting"] = Field(
+        "uniform", description="weight of a bucket in its group: probability, or times its share of the data"
+    )
+    resolution: Positive = Field(1024, description="default of every bucket")
+    resolution_type: Literal["pixel", "area", "pixel_area"] = Field("pixel_area", description="default of every bucket")
+    caption_strategy: Literal["filename", "textfile", "instanceprompt"] = Field(
+        "textfile", description="default of every bucket"
+    )
+    instance_prompt: str | None = Field(None, description="default of every bucket")
+    minimum_image_size: NotNegative | None = Field(None, description="default of every bucket")
+    maximum_image_size: Positive | None = Field(None, description="default of every bucket")
+    target_downsample_size: Positive | None = Field(None, description="default of every bucket")
+    aspect_bucket_alignment: Count | None = Field(
+        None, description="image sides are multiples of this; None is 64, or what the model needs below 512 pixels"
+    )
+    skip_unreadable_images: bool = Field(False, description="leave out images that cannot be read instead of stopping")
+    max_image_pixels: Count = Field(64_000_000, description="larger images are refused")
+    neutral_strength: Positive | None = Field(
+        None, description="strength at which neutral images are preserved; None is the largest of the buckets"
+    )
+    caption_dropout_probability: Chance = Field(0.0, description="how often a caption is replaced by the empty one")
+
+    # --- training
+    max_train_steps: Count = Field(1000, description="optimizer steps")
+    train_batch_size: Count = Field(1, description="images per draw")
+    gradient_accumulation_steps: Count = Field(1, description="draws per optimizer step, rounded up to whole cycles")
+    gradient_checkpointing: bool = Field(False, description="less memory, more time")
+    learning_rate: Positive = Field(1e-4, description="peak learning rate")
+    optimizer: Literal["adamw"] = Field("adamw", description="AdamW in float32")
+    adam_beta1: Fraction = Field(0.9, description="AdamW")
+    adam_beta2: Fraction = Field(0.999, description="AdamW")
+    adam_weight_decay: NotNegative = Field(0.01, description="AdamW")
+    adam_epsilon: Positive = Field(1e-8, description="AdamW")
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = Field(
+        "constant", description="schedule of the learning rate"
+    )
+    lr_warmup_steps: Steps = Field(0, description="optimizer steps of warm-up")
+    max_grad_norm: NotNegative = Field(1.0, description="clip the gradient's norm; 0 does not clip")
+    mixed_precision: Literal["no", "bf16"] = Field(
+        "bf16", description="bf16: frozen weights and arithmetic in bfloat16, adapter in float32"
+    )
+    seed: Seed = Field(42, description="every random choice derives from it")
+
+    # --- output
+    output_dir: Path = Field(Path("slider-output"), description="everything the run writes goes here")
+    checkpoint_step_interval: Steps = Field(
+        500, description="optimizer steps between checkpoints; 0 writes one at the end only"
+    )
+    checkpoints_total_limit: Count = Field(3, description="older checkpoints are deleted")
+    resume_from_checkpoint: str | None = Field(None, description="`latest`, or the folder of a checkpoint")
+    report_to: Literal["none", "tensorboard"] = Field("none", description="besides metrics.jsonl, which is always written")
+    tracker_project_name: str = Field("slider", description="name of the log")
+
+    # --- validation
+    validation_prompt: str | None = Field(None, description="one more prompt, named `validation`")
+    user_prompt_library: Path | None = Field(None, description="JSON: name to prompt, or to {prompt, adapter_strength}")
+    prompts: tuple[PromptConfig, ...] = Field((), description="the prompts themselves, instead of a file")
+    validation_negative_prompt: str | None = Field("blurry, cropped, ugly", description="negative prompt of all")
+    validation_adapter_strength: Strength = Field(1.0, description="strength of prompts without one of their own")
+    validation_strengths: Annotated[tuple[Number, ...], BeforeValidator(_listed)] = Field(
+        STRENGTHS, description="strengths of the strips; empty draws none"
+    )
+    validation_step_interval: Steps = Field(0, description="optimizer steps between validations; 0 validates at the end only")
+    validation_num_inference_steps: Count = Field(30, description="denoising steps")
+    validation_guidance: NotNegative | None = Field(None, description="guidance scale; None is the family's own")
+    validation_resolution: Annotated[str | None, BeforeValidator(_size)] = Field(
+        None, description="edge in pixels or WIDTHxHEIGHT; None is that of the buckets"
+    )
+    validation_seed: Seed | None = Field(None, description="None is the run's seed")
+    num_validation_images: Count = Field(1, description="seeds per prompt")
+    validation_disable: bool = Field(False, description="draw nothing")
+
+    # --- behaviour
+    strict: bool = Field(False, description="warnings about targets are errors")
+    family_options: dict[str, Any] = Field(
+        default_factory=dict, description="values of the family's own options, filled from its keys"
+    )

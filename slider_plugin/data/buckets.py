@@ -1,0 +1,299 @@
+"""Buckets: the image folders of a run, scanned, checked, and dealt out in batches of one shape.
+
+Scanning reads headers, not pixels. Everything that is wrong with any bucket is reported in one go.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from slider_hooks import BucketInfo
+from slider_plugin.config import BucketConfig, RunConfig
+from slider_plugin.data.captions import CaptionError, caption_problems, captions_of
+from slider_plugin.data.geometry import Placement, Size, excluded, geometry_problems, placement
+from slider_plugin.data.images import SUFFIXES, ImageError, check_image, find_images
+from slider_plugin.errors import ConfigError, UserError
+
+LISTED = 20
+"""Files of one bucket and one kind of fault that are named; the rest is counted."""
+
+FAR_APART = 4.0
+"""Strengths whose sizes differ by a larger factor are worth a warning."""
+
+T = TypeVar("T")
+Plan = list[list[tuple[int, int]]]
+"""The batches of an epoch: for each image its place in `Bucket.items` and in its captions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image of a bucket: its caption variants (at least one), its upright size, how it becomes a training image."""
+
+    path: Path
+    captions: tuple[str, ...]
+    size: Size
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image of a batch, with the caption it is shown under this time."""
+
+    item: Item
+    caption: str
+
+
+@dataclass(slots=True, eq=False)
+class Bucket:
+    """One folder of images that stand for one strength."""
+
+    name: str
+    strength: float | None
+    probability: float
+    repeats: int
+    items: tuple[Item, ...]
+    _latest: tuple[tuple[int, int, int], Plan] | None = field(default=None, init=False, repr=False)
+
+    def info(self, batch_size: int) -> BucketInfo:
+        """What the sampler sees."""
+        sizes = [len(members) * (1 + self.repeats) for members in self.shapes().values()]
+        batches = sum(math.ceil(size / batch_size) for size in sizes)
+        return BucketInfo(
+            name=self.name, strength=self.strength, batches=batches, samples=sum(sizes), probability=self.probability
+        )
+
+    def shapes(self) -> dict[Size, list[int]]:
+        """Places in `items` by target size: what may stand in one batch."""
+        groups: dict[Size, list[int]] = {}
+        for place, item in enumerate(self.items):
+            groups.setdefault(item.placement.target, []).append(place)
+        return groups
+
+    def batch(self, epoch: int, index: int, seed: int, batch_size: int) -> list[Sample]:
+        """Batch `index` of an epoch; the same for the same arguments in any process.
+
+        In an epoch every image appears `1 + repeats` times, shuffled. All images of a batch have one target size; the last
+        batch of a size may be smaller.
+        """
+        plan = self._plan(epoch, seed, batch_size)
+        if not 0 <= index < len(plan):
+            raise IndexError(f"bucket {self.name!r} has {len(plan)} batches in an epoch, batch {index} was asked for")
+        return [Sample(self.items[place], self.items[place].captions[choice]) for place, choice in plan[index]]
+
+    def _plan(self, epoch: int, seed: int, batch_size: int) -> Plan:
+        key, latest = (epoch, seed, batch_size), self._latest
+        if latest is None or latest[0] != key:
+            self._latest = latest = (key, self._make_plan(*key))
+        return latest[1]
+
+    def _make_plan(self, epoch: int, seed: int, batch_size: int) -> Plan:
+        numbers = random.Random(f"{seed}/{epoch}/{self.name}")  # a text seed is hashed with SHA-512, not with hash()
+        batches: list[list[int]] = []
+        for members in self.shapes().values():
+            # Pass after pass, so that an image does not meet itself in a batch if it can be helped.
+            order = [place for _ in range(1 + self.repeats) for place in _shuffled(members, numbers)]
+            batches += [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        return [[(place, self._choice(place, numbers)) for place in batch] for batch in _shuffled(batches, numbers)]
+
+    def _choice(self, place: int, numbers: random.Random) -> int:
+        return int(numbers.random() * len(self.items[place].captions))
+
+
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """All buckets of a run, and warnings of one line each."""
+
+    buckets: tuple[Bucket, ...]
+    warnings: tuple[str, ...]
+
+    def by_name(self) -> dict[str, Bucket]:
+        """For the names that draws carry."""
+        return {bucket.name: bucket for bucket in self.buckets}
+
+    def infos(self, batch_size: int) -> tuple[BucketInfo, ...]:
+        """What the sampler is built from."""
+        return tuple(bucket.info(batch_size) for bucket in self.buckets)
+
+
+def open_buckets(config: RunConfig, alignment: int) -> Buckets:
+    """Scan the folders of all buckets that are not disabled.
+
+    Args:
+        config: the run; folders are absolute.
+        alignment: sides of training images are multiples of this, in pixels.
+
+    Raises:
+        ConfigError: everything that is wrong with any bucket.
+    """
+    wanted = [bucket for bucket in config.buckets if not bucket.disabled]
+    scans = [_scan(bucket, config, alignment) for bucket in wanted]
+    problems = _together(wanted) + [problem for scan in scans for problem in scan.problems()]
+    if problems:
+        raise ConfigError(problems, where="the buckets")
+    buckets = tuple(scan.bucket() for scan in scans)
+    return Buckets(buckets, (*(line for scan in scans for line in scan.warnings()), *_warnings(buckets)))
+
+
+# --- Scanning one folder ----------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Scan:
+    """What was found in one bucket's folder."""
+
+    config: BucketConfig
+    skip_unreadable: bool
+    faults: list[str]  # of the bucket as a whole
+    items: list[Item] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    captionless: list[str] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def problems(self) -> list[str]:
+        lines = [*self.faults, *_shortened([] if self.skip_unreadable else self.unreadable), *_shortened(self.captionless)]
+        if not self.items and not self.captionless and (self.left_out or (self.unreadable and self.skip_unreadable)):
+            lines.append(f"none of the images in {self.config.instance_data_dir} can be used: {self._reasons()}")
+        return [f"bucket {self.config.id!r}: {line}" for line in lines]
+
+    def warnings(self) -> list[str]:
+        lines = [f"left out: {line}" for line in _shortened(self.unreadable)]
+        lines += [f"left out: {_images(count)} {reason}" for reason, count in sorted(self.left_out.items())]
+        return [f"bucket {self.config.id!r}: {line}" for line in lines]
+
+    def _reasons(self) -> str:
+        counts = self.left_out + Counter({"unreadable": len(self.unreadable)})  # a sum of counters drops what is 0
+        return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+
+    def bucket(self) -> Bucket:
+        c = self.config
+        items = tuple(sorted(self.items, key=lambda item: _name(item.path, c)))
+        return Bucket(name=c.id, strength=c.slider_strength, probability=c.probability, repeats=c.repeats, items=items)
+
+
+def _scan(bucket: BucketConfig, config: RunConfig, alignment: int) -> _Scan:
+    captions_wrong = caption_problems(bucket)
+    scan = _Scan(bucket, config.skip_unreadable_images, geometry_problems(bucket, alignment) + captions_wrong)
+    for path in _candidates(bucket, scan.faults):
+        if len(scan.items) == bucket.max_num_samples:
+            break
+        try:
+            _look_at(path, scan, config, alignment, captioned=not captions_wrong)
+        except ImageError as error:
+            scan.unreadable.append(str(error))
+        except CaptionError as error:
+            scan.captionless.append(str(error))
+    return scan
+
+
+def _look_at(path: Path, scan: _Scan, config: RunConfig, alignment: int, captioned: bool) -> None:
+    size = check_image(path, config.max_image_pixels)
+    if reason := excluded(*size, scan.config):
+        scan.left_out[reason] += 1
+        return
+    captions = captions_of(path, scan.config) if captioned else ()
+    where = placement(*size, scan.config, alignment, config.seed, _name(path, scan.config))
+    scan.items.append(Item(path, captions, size, where))
+
+
+def _candidates(bucket: BucketConfig, faults: list[str]) -> list[Path]:
+    """The images of a folder in the order in which they are taken; what is wrong with the folder goes to `faults`."""
+    folder = bucket.instance_data_dir
+    if not folder.is_dir():
+        state = "is not a folder" if folder.exists() else "does not exist"
+        faults.append(f"instance_data_dir {folder} {state}: correct the path")
+        return []
+    try:
+        found = find_images(folder)
+    except UserError as error:
+        faults.append(str(error))
+        return []
+    if not found:
+        faults.append(f"no images in {folder}: add some ({', '.join(sorted(SUFFIXES))})")
+    return found if bucket.max_num_samples is None else sorted(found, key=lambda path: _lot(path, bucket))
+
+
+def _lot(path: Path, bucket: BucketConfig) -> bytes:
+    """Decides which images a fixed subset takes: neither their order in the folder nor the run's seed changes it."""
+    return hashlib.sha256(f"{bucket.id}/{_name(path, bucket)}".encode("utf-8", "surrogateescape")).digest()
+
+
+def _name(path: Path, bucket: BucketConfig) -> str:
+    return path.relative_to(bucket.instance_data_dir).as_posix()
+
+
+# --- All buckets together ---------------------------------------------------------------------------------------------
+
+
+def _together(wanted: Sequence[BucketConfig]) -> list[str]:
+    if not wanted:
+        return ["there is no bucket: add one to data_backend_config, or enable one"]
+    counts = Counter(bucket.id for bucket in wanted)
+    return [f"{count} buckets have the id {name!r}: give each its own" for name, count in counts.items() if count > 1]
+
+
+def _warnings(buckets: Sequence[Bucket]) -> list[str]:
+    positive = [bucket for bucket in buckets if (bucket.strength or 0) > 0]
+    negative = [bucket for bucket in buckets if (bucket.strength or 0) < 0]
+    return [
+        *_one_sided(positive, negative),
+        *_far_apart(positive + negative),
+        *(line for bucket in buckets for line in _of_one(bucket)),
+    ]
+
+
+def _one_sided(positive: Sequence[Bucket], negative: Sequence[Bucket]) -> list[str]:
+    if not positive and not negative:
+        return ["every bucket is neutral: nothing says where the slider goes; give buckets a slider_strength"]
+    if not positive or not negative:
+        there, missing = ("positive", "negative") if positive else ("negative", "positive")
+        return [f"there are {there} buckets and no {missing} one: the other direction is learnt from its mirror alone"]
+    plus, minus = _samples(positive), _samples(negative)
+    if plus == minus:
+        return []
+    counts = f"positive buckets show {_images(plus)} an epoch and negative ones {minus} (repeats included)"
+    return [f"{counts}: the end of each epoch is one-sided; even them out with images or repeats"]
+
+
+def _far_apart(signed: Sequence[Bucket]) -> list[str]:
+    sizes = sorted(abs(bucket.strength or 0.0) for bucket in signed)
+    if not sizes or sizes[-1] <= FAR_APART * sizes[0]:
+        return []
+    return [f"slider_strength is as small as {sizes[0]:g} and as large as {sizes[-1]:g}: the large ones will outweigh the rest"]
+
+
+def _of_one(bucket: Bucket) -> list[str]:
+    lines = []
+    if bucket.strength is None:
+        kept = "its images are used to preserve what the slider must not change"
+        lines.append(f"bucket {bucket.name!r} has no slider_strength: {kept}; write 0 if that is meant")
+    if bucket.probability == 0:
+        lines.append(
+            f"bucket {bucket.name!r} has probability 0: it is drawn only when others of its sign have given all they have"
+        )
+    return lines
+
+
+def _samples(buckets: Iterable[Bucket]) -> int:
+    return sum(len(bucket.items) * (1 + bucket.repeats) for bucket in buckets)
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"
+
+
+def _shortened(lines: Sequence[str]) -> list[str]:
+    more = len(lines) - LISTED
+    return [*lines[:LISTED], f"... and {more} more like these"] if more > 0 else list(lines)
+
+
+def _shuffled(values: Sequence[T], numbers: random.Random) -> list[T]:
+    # Of the random module, only random() is promised to be the same in every Python version.
+    keys = [numbers.random() for _ in values]
+    return [values[place] for place in sorted(range(len(values)), key=keys.__getitem__)]

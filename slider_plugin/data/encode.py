@@ -1,0 +1,158 @@
+"""Encode every image and every caption once, and deal them out as batches.
+
+The families' own encoders run here and nowhere in the training step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from slider_hooks import BucketInfo, Components, Conditioning, Draw
+from slider_plugin.config import RunConfig
+from slider_plugin.data.buckets import Bucket, Item
+from slider_plugin.data.geometry import place
+from slider_plugin.data.images import load_image
+from slider_plugin.errors import UserError
+from slider_plugin.training.seeds import generator
+
+if TYPE_CHECKING:
+    from slider_plugin.registry import LoadedFamily
+
+T = TypeVar("T")
+
+IMAGES_AT_ONCE = 8
+PROMPTS_AT_ONCE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one draw trains on."""
+
+    draw: Draw
+    clean_BCHW: Tensor
+    """Latents, float32 on the device."""
+
+    conditioning: tuple[Conditioning, ...]
+    """One per sample, on the device."""
+
+    files: tuple[Path, ...]
+    """For messages."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """All latents and prompts of a run, and how a draw becomes a batch."""
+
+    buckets: dict[str, Bucket]
+    latents: dict[tuple[str, Path], Tensor]
+    """By bucket and file, `(C, H, W)` float32 on the CPU."""
+
+    prompts: dict[str, Conditioning]
+    """By caption, on the CPU."""
+
+    seed: int
+    batch_size: int
+    caption_dropout: float
+    device: torch.device
+
+    def infos(self) -> tuple[BucketInfo, ...]:
+        """The buckets as the sampler sees them."""
+        return tuple(bucket.info(self.batch_size) for bucket in self.buckets.values())
+
+    def batch(self, draw: Draw) -> Batch:
+        """The images and captions of a draw; the same for the same draw in any process."""
+        samples = self.buckets[draw.bucket].batch(draw.epoch, draw.index, self.seed, self.batch_size)
+        captions = self._with_dropout(draw, [s.caption for s in samples])
+        clean_BCHW = torch.stack([self.latents[draw.bucket, s.item.path] for s in samples]).to(self.device)
+        conditioning = tuple(_to(self.prompts[caption], self.device) for caption in captions)
+        return Batch(draw, clean_BCHW, conditioning, tuple(s.item.path for s in samples))
+
+    def _with_dropout(self, draw: Draw, captions: list[str]) -> list[str]:
+        if not self.caption_dropout:
+            return captions
+        lots = torch.rand(len(captions), generator=generator(self.seed, "caption", draw.position)).tolist()
+        return ["" if lot < self.caption_dropout else caption for lot, caption in zip(lots, captions, strict=True)]
+
+
+def encode_once(
+    family: LoadedFamily, components: Components, buckets: Sequence[Bucket], config: RunConfig, device: torch.device
+) -> Encoded:
+    """Encode all images and captions of the buckets.
+
+    Args:
+        family: whose hooks `encode_images` and `encode_prompts` are called.
+        components: the loaded model, on its device.
+        buckets: the opened buckets.
+        config: the `RunConfig`.
+        device: where batches will go.
+
+    Raises:
+        UserError: an image cannot be decoded after all, or an encoder gave values that are not finite.
+    """
+    pairs = [(bucket.name, item) for bucket in buckets for item in bucket.items]
+    captions = {c: None for bucket in buckets for item in bucket.items for c in item.captions}
+    if config.caption_dropout_probability:
+        captions[""] = None
+    with torch.no_grad():
+        return Encoded(
+            buckets={bucket.name: bucket for bucket in buckets},
+            latents=dict(_encode_images(family, components, pairs, config.max_image_pixels, device)),
+            prompts=dict(_encode_prompts(family, components, list(captions))),
+            seed=config.seed,
+            batch_size=config.train_batch_size,
+            caption_dropout=config.caption_dropout_probability,
+            device=device,
+        )
+
+
+def _encode_images(
+    family: LoadedFamily, components: Components, pairs: Sequence[tuple[str, Item]], max_pixels: int, device: torch.device
+) -> Iterator[tuple[tuple[str, Path], Tensor]]:
+    by_shape: dict[tuple[int, int], list[tuple[str, Item]]] = {}
+    for name, item in pairs:
+        by_shape.setdefault(item.placement.target, []).append((name, item))
+    dtype = _image_dtype(components)
+    for group in by_shape.values():
+        for chunk in _chunks(group, IMAGES_AT_ONCE):
+            images_BCHW = torch.stack([pixels(item, max_pixels) for _, item in chunk]).to(device, dtype)
+            latents_BCHW = family.encode_images(components, images_BCHW).float().cpu()
+            for (name, item), latents_CHW in zip(chunk, latents_BCHW, strict=True):
+                if not torch.isfinite(latents_CHW).all():
+                    raise UserError(f"{item.path}: its latents are not finite; try mixed_precision no")
+                yield (name, item.path), latents_CHW.clone()
+
+
+def pixels(item: Item, max_pixels: int) -> Tensor:
+    """The training image of an item, float32 `(3, H, W)` in -1..1."""
+    import numpy as np
+
+    image = place(load_image(item.path, max_pixels), item.placement)
+    array_HWC = np.asarray(image, dtype=np.float32) / 127.5 - 1.0
+    return torch.from_numpy(array_HWC).permute(2, 0, 1).contiguous()
+
+
+def _image_dtype(components: Components) -> torch.dtype:
+    vae = getattr(components.pipeline, "vae", None)
+    return getattr(vae, "dtype", None) or torch.float32
+
+
+def _encode_prompts(
+    family: LoadedFamily, components: Components, captions: Sequence[str]
+) -> Iterator[tuple[str, Conditioning]]:
+    for chunk in _chunks(captions, PROMPTS_AT_ONCE):
+        for caption, conditioning in zip(chunk, family.encode_prompts(components, chunk), strict=True):
+            yield caption, {name: tensor.detach().cpu().clone() for name, tensor in conditioning.items()}
+
+
+def _to(conditioning: Conditioning, device: torch.device) -> Conditioning:
+    return {name: tensor.to(device) for name, tensor in conditioning.items()}
+
+
+def _chunks(values: Sequence[T], size: int) -> Iterable[Sequence[T]]:
+    return (values[i : i + size] for i in range(0, len(values), size))
