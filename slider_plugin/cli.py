@@ -1,0 +1,167 @@
+"""The `slider` command: one function per command. Torch is imported inside the commands, never at the top."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from slider_plugin import console
+from slider_plugin.errors import UserError
+
+app = typer.Typer(
+    name="slider",
+    help="Train a concept slider for any diffusion model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+plugins_app = typer.Typer(help="Model families and extensions.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(plugins_app, name="plugins")
+
+# A file and flags of every key: `slider train config.json --learning_rate 1e-4`.
+ANY_KEY = {"allow_extra_args": True, "ignore_unknown_options": True}
+ConfigFile = Annotated[Path | None, typer.Argument(help="JSON or YAML; every key is also a flag", show_default=False)]
+
+
+def main() -> None:
+    """Run a command. Exit codes: 0; 2 something the user gave is wrong; 1 our own failure; 130 interrupted."""
+    sys.exit(_guarded(app))
+
+
+def _guarded(command: Callable[..., Any]) -> int:
+    try:
+        result = command(standalone_mode=False)
+    except UserError as error:
+        console.fail(str(error))
+        return 2
+    except (typer.Abort, KeyboardInterrupt):
+        console.fail("interrupted")
+        return 130
+    except Exception as error:
+        if _is_usage_error(error):
+            console.fail(getattr(error, "format_message", lambda: str(error))())
+            return 2
+        console.err.print(traceback.format_exc(), markup=False)
+        console.fail("this is a fault of slider-plugin or of a plugin, see above")
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def _is_usage_error(error: Exception) -> bool:
+    """Wrong options: click's own errors, whichever click typer brings along."""
+    return any(base.__name__ == "ClickException" for base in type(error).__mro__)
+
+
+@app.command(context_settings=ANY_KEY)
+def train(
+    context: typer.Context,
+    config: ConfigFile = None,
+    keys: Annotated[bool, typer.Option("--keys", help="List every key with its default and stop")] = False,
+) -> int:
+    """Train a slider: `slider train config.json [--key value ...]`."""
+    if keys:
+        _print_keys()
+        return 0
+    run_config = _read(config, context.args)
+    from slider_plugin import run
+
+    outcome = run.train(run_config)
+    if not outcome.finished:
+        console.say(f"interrupted after {outcome.steps} steps; go on with --resume_from_checkpoint latest")
+        return 130
+    console.out.print(str(outcome.adapter), markup=False)
+    return 0
+
+
+@app.command(context_settings=ANY_KEY)
+def doctor(context: typer.Context, config: ConfigFile = None) -> None:
+    """Check a configuration and print what a run would do; trains nothing, writes nothing."""
+    run_config = _read(config, context.args)
+    from slider_plugin.doctor import examine
+
+    console.out.print(examine(run_config))
+
+
+@app.command(context_settings=ANY_KEY)
+def validate(
+    context: typer.Context,
+    config: ConfigFile = None,
+    adapter: Annotated[Path | None, typer.Option(help="Slider file; the run's own slider.safetensors by default")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the images; `validation` in output_dir by default")] = None,
+) -> None:
+    """Draw a finished slider: each prompt at its own strength and at 0, and a strip over all strengths."""
+    run_config = _read(config, context.args)
+    from slider_plugin import run
+
+    adapter = adapter or run_config.output_dir / "slider.safetensors"
+    folder = run.validate(run_config, adapter, output or run_config.output_dir / "validation")
+    console.out.print(str(folder), markup=False)
+
+
+@app.command()
+def demo(
+    family: Annotated[str, typer.Option(help="sd1 or z_image")] = "sd1",
+    concept: Annotated[str, typer.Option(help="size or brightness")] = "size",
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps", min=1)] = None,
+    output: Annotated[Path, typer.Option(help="Folder for strip, slider and report")] = Path("slider-demo"),
+) -> None:
+    """Train a slider on the bundled tiny model, draw it and measure it: a few minutes on a processor."""
+    _quiet_libraries()
+    from slider_plugin.demo.run import demonstrate
+
+    demonstrate(family, concept, steps, output)
+
+
+@plugins_app.command("list")
+def plugins_list(
+    as_json: Annotated[bool, typer.Option("--json", help="An array of objects")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Import and lint each plugin")] = False,
+) -> None:
+    """List families and extensions, without importing them."""
+    from slider_plugin import plugins_cmd
+    from slider_plugin.registry import Plugins
+
+    rows = Plugins.discover().rows(check=check)
+    if as_json:
+        sys.stdout.write(plugins_cmd.as_json(rows) + "\n")
+    else:
+        console.out.print(plugins_cmd.render_table(rows))
+
+
+def _read(path: Path | None, flags: list[str]) -> Any:
+    """The configuration, with its notes said."""
+    from slider_plugin.configfile import read_config
+    from slider_plugin.registry import Plugins
+
+    plugins = Plugins.discover()
+    config, notes = read_config(path, flags, plugins.facts)
+    for line in notes:
+        console.say(line)
+    _quiet_libraries()
+    return config
+
+
+def _print_keys() -> None:
+    from rich.table import Table
+
+    from slider_plugin.configfile import key_help
+
+    table = Table("key", "type", "default", "", box=None, pad_edge=False)
+    for _section, name, kind, default, text in key_help():
+        table.add_row(name, kind, default, text)
+    console.out.print(table)
+
+
+def _quiet_libraries() -> None:
+    """Loading bars and notices of the libraries are no news to the user; their errors still are."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,0 +1,1 @@
+"""`slider demo`: train a slider on the bundled tiny world and measure what it does."""

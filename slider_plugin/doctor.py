@@ -1,0 +1,89 @@
+"""`slider doctor`: what a run would do, from JSON, image headers and a model on the meta device. Trains and writes nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from slider_plugin.config import RunConfig
+from slider_plugin.preflight import Preflight, preflight
+from slider_plugin.registry import Plugins
+from slider_plugin.targets import TargetPlan, listed
+
+if TYPE_CHECKING:
+    from slider_plugin.registry import LoadedFamily
+
+GIB = 2**30
+
+
+def examine(config: RunConfig) -> RenderableType:
+    """The resolved plan of a run. Raises UserError with everything that is wrong."""
+    family = Plugins.discover().load(config.model_family)
+    checked = preflight(config, family)
+    warnings = [f"warning: {line}" for line in checked.warnings]
+    return Group(*_model(config, family, checked), _buckets(config, checked), *_steps(config, checked), *warnings)
+
+
+def _model(config: RunConfig, family: LoadedFamily, checked: Preflight) -> list[RenderableType]:
+    facts = _facts_table()
+    facts.add_row("model", f"{family.facts.title} ({family.facts.name}, {family.distribution} {family.version})")
+    facts.add_row("", checked.model)
+    if checked.targets is None or checked.denoiser is None:
+        facts.add_row("targets", "known only once the model is loaded: it is no local diffusers folder")
+        return [facts]
+    _target_rows(facts, checked.targets)
+    trainable = checked.targets.parameters * config.lora_rank
+    base = sum(p.numel() for p in checked.denoiser.parameters())
+    facts.add_row("trainable", f"{trainable:,} parameters at rank {config.lora_rank}, of {base:,}")
+    facts.add_row("memory", _memory(config, base, trainable))
+    return [facts]
+
+
+def _target_rows(facts: Table, plan: TargetPlan) -> None:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in plan.by_kind.items()) or "kinds unknown"
+    facts.add_row("targets", f"{len(plan.modules)} modules ({plan.source}): {kinds}")
+    if plan.dead:
+        facts.add_row("dead entries", listed(plan.dead))
+    if plan.forbidden:
+        facts.add_row("reach text", listed(plan.forbidden))
+
+
+def _memory(config: RunConfig, base: int, trainable: int) -> str:
+    """Weights at rest; activations depend on resolution and batch and are not in it."""
+    frozen = base * (2 if config.mixed_precision == "bf16" else 4)
+    training = trainable * 4 * 4  # weight, gradient and the two moments of AdamW, float32 each
+    return f"{(frozen + training) / GIB:.2f} GiB for denoiser, adapter and optimizer; activations and encoders come on top"
+
+
+def _buckets(config: RunConfig, checked: Preflight) -> Table:
+    table = Table("bucket", "strength", "images", "draws per epoch", "probability", "sizes", box=None, title="", pad_edge=False)
+    for bucket in checked.buckets:
+        info = bucket.info(config.train_batch_size)
+        strength = "neutral" if not bucket.strength else f"{bucket.strength:+g}"
+        sizes = ", ".join(f"{w}x{h} ({len(places)})" for (w, h), places in list(bucket.shapes().items())[:4])
+        table.add_row(bucket.name, strength, str(len(bucket.items)), str(info.batches), f"{bucket.probability:g}", sizes)
+    return table
+
+
+def _steps(config: RunConfig, checked: Preflight) -> list[RenderableType]:
+    facts = _facts_table()
+    alpha = config.lora_alpha or config.lora_rank
+    strengths = sorted({abs(b.strength) for b in checked.buckets if b.strength}) or [checked.neutral_scale]
+    factor = alpha / config.lora_rank
+    effective = ", ".join(f"{config.learning_rate * factor * s:.2g} at |strength| {s:g}" for s in strengths)
+    facts.add_row("one step", f"{checked.draws_per_step} draws of {config.train_batch_size} images, cycle of {checked.cycle}")
+    facts.add_row("steps", f"{config.max_train_steps}, {config.lr_scheduler} from {config.learning_rate:g}")
+    facts.add_row("step size", f"learning rate x alpha/rank ({factor:g}) x |strength|: {effective}")
+    if any(not b.strength for b in checked.buckets):
+        facts.add_row("neutral", f"the frozen model is preserved at +{checked.neutral_scale:g} and -{checked.neutral_scale:g}")
+    facts.add_row("output", str(config.output_dir))
+    return [facts]
+
+
+def _facts_table() -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    return table

@@ -1,0 +1,187 @@
+"""Everything that can be found wrong before a model is loaded, found in one go and told in one message.
+
+Reads JSON and image headers, and builds the denoiser on the meta device, which takes no memory. Writes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from slider_hooks import TargetRequest
+from slider_plugin.config import RunConfig
+from slider_plugin.data.buckets import Bucket, Buckets, open_buckets
+from slider_plugin.data.sampler import cycle_length
+from slider_plugin.errors import ConfigError, UserError
+from slider_plugin.files import check_writable
+from slider_plugin.loading import check_folder, denoiser_config, model_folder
+from slider_plugin.targets import TargetPlan, resolve_targets
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+    from slider_plugin.registry import LoadedFamily
+
+T = TypeVar("T")
+
+EXPORTED = "slider.safetensors"
+"""Name of the finished slider in `output_dir`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preflight:
+    """What is known about a run before anything is loaded."""
+
+    model: str
+    """Folder or hub id."""
+
+    buckets: tuple[Bucket, ...]
+    targets: TargetPlan | None
+    """None where the denoiser cannot be built beforehand: a hub id, or a class of a plugin's own."""
+
+    denoiser: Module | None
+    """On the meta device; None likewise."""
+
+    warnings: tuple[str, ...]
+    cycle: int
+    """Signs that exist among the buckets."""
+
+    draws_per_step: int
+    """`gradient_accumulation_steps`, rounded up to whole cycles."""
+
+    neutral_scale: float
+    size: tuple[int, int]
+    """(width, height) of most training images."""
+
+
+def preflight(config: RunConfig, family: LoadedFamily) -> Preflight:
+    """Check model folder, targets, buckets, checkpoint and output folder. Raises ConfigError with everything wrong."""
+    problems: list[str] = []
+    model = _or_note(problems, lambda: model_of(config, family))
+    denoiser = _or_note(problems, lambda: meta_denoiser(family, model)) if model else None
+    targets = (
+        _or_note(problems, lambda: resolve_targets(family, denoiser, target_request(config), config.lora_rank, config.strict))
+        if denoiser is not None
+        else None
+    )
+    opened = _or_note(problems, lambda: open_buckets(config, alignment(config)))
+    _or_note(problems, lambda: check_output(config))
+    if problems or model is None or opened is None:
+        raise ConfigError(problems)
+    return _facts(config, model, targets, denoiser, opened)
+
+
+def _or_note(problems: list[str], work: Callable[[], T]) -> T | None:
+    """The result of the work, or None with its problems noted."""
+    try:
+        return work()
+    except ConfigError as error:
+        problems.extend(error.problems)
+    except UserError as error:
+        problems.append(str(error))
+    return None
+
+
+def _facts(
+    config: RunConfig, model: str, targets: TargetPlan | None, denoiser: Module | None, opened: Buckets
+) -> Preflight:
+    cycle = cycle_length([b.info(config.train_batch_size) for b in opened.buckets])
+    draws = -(-config.gradient_accumulation_steps // cycle) * cycle
+    warnings = [*opened.warnings, *(targets.warnings if targets else ())]
+    if draws != config.gradient_accumulation_steps and cycle > 1:
+        warnings.append(
+            f"gradient_accumulation_steps {config.gradient_accumulation_steps} is rounded up to {draws}: each optimizer step "
+            f"takes {'a whole cycle' if draws == cycle else 'whole cycles'} of {cycle} draws"
+        )
+    return Preflight(
+        model=model,
+        buckets=opened.buckets,
+        targets=targets,
+        denoiser=denoiser,
+        warnings=tuple(warnings),
+        cycle=cycle,
+        draws_per_step=draws,
+        neutral_scale=config.neutral_strength or max((abs(b.strength or 0.0) for b in opened.buckets), default=0.0) or 1.0,
+        size=_most_common_size(opened),
+    )
+
+
+def _most_common_size(opened: Buckets) -> tuple[int, int]:
+    counts: dict[tuple[int, int], int] = {}
+    for bucket in opened.buckets:
+        for size, places in bucket.shapes().items():
+            counts[size] = counts.get(size, 0) + len(places)
+    return max(counts, key=lambda size: (counts[size], size))
+
+
+def target_request(config: RunConfig) -> TargetRequest:
+    """What the configuration wants adapters attached to."""
+    return TargetRequest(
+        slider=config.slider_lora_target, explicit=config.peft_lora_target_modules, include_joint=config.include_joint
+    )
+
+
+def model_of(config: RunConfig, family: LoadedFamily) -> str:
+    """Folder or hub id of the model. Raises UserError for an unknown flavour, a missing folder or another family's model."""
+    facts = family.facts
+    flavour = config.model_flavour or facts.default_flavour
+    if config.model_flavour and config.model_flavour not in facts.flavours:
+        known = ", ".join(facts.flavours) or "none"
+        raise UserError(f"model_flavour: {facts.name} has no flavour {config.model_flavour!r}; it has {known}")
+    model = config.pretrained_model_name_or_path or facts.flavours.get(flavour or "")
+    if not model:
+        raise UserError(f"pretrained_model_name_or_path: {facts.name} has no published default; give a model folder")
+    folder = model_folder(facts, model)
+    if folder is not None and uses_default_loader(family):
+        check_folder(facts, folder)
+    return model
+
+
+def uses_default_loader(family: LoadedFamily) -> bool:
+    """Whether the family's models are plain diffusers pipeline folders."""
+    return str(family.describe()["hooks"]["load_components"]) == "default"
+
+
+def meta_denoiser(family: LoadedFamily, model: str) -> Module | None:
+    """The denoiser of a pipeline folder on the meta device: every module, no memory. None if it cannot be built so."""
+    import diffusers
+    import torch
+
+    folder = model_folder(family.facts, model)
+    denoiser_class: Any = getattr(diffusers, family.facts.denoiser_class, None)
+    if folder is None or denoiser_class is None or not (folder / family.facts.denoiser / "config.json").is_file():
+        return None
+    with torch.device("meta"):
+        denoiser: Module = denoiser_class.from_config(denoiser_config(family.facts, folder))
+    return denoiser
+
+
+def alignment(config: RunConfig) -> int:
+    """What the sides of training images are multiples of: 64 as usual, less for images that are small themselves."""
+    if config.aspect_bucket_alignment:
+        return config.aspect_bucket_alignment
+    edges = [_edge(b.resolution, b.resolution_type) for b in config.buckets] or [_edge(config.resolution, config.resolution_type)]
+    return 64 if min(edges) >= 512 else 16 if min(edges) >= 64 else 8
+
+
+def _edge(resolution: float, unit: str) -> float:
+    return 1000.0 * resolution**0.5 if unit == "area" else resolution
+
+
+def check_output(config: RunConfig) -> None:
+    """Raise UserError if the output folder cannot be written, or holds a run that this one would overwrite."""
+    from slider_plugin.training.checkpoint import checkpoints, verify
+
+    check_writable(config.output_dir)
+    resume = config.resume_from_checkpoint
+    if resume and resume != "latest":
+        verify(Path(resume))
+    if not resume and (checkpoints(config.output_dir) or (config.output_dir / EXPORTED).exists()):
+        raise UserError(
+            f"output_dir: {config.output_dir} holds a run already; set resume_from_checkpoint to latest to go on with it, "
+            "or choose another output_dir"
+        )
+    if resume == "latest" and not checkpoints(config.output_dir):
+        raise UserError(f"resume_from_checkpoint: {config.output_dir} holds no checkpoint; leave the key out to start anew")

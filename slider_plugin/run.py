@@ -1,0 +1,58 @@
+"""The table of contents: what `slider train` does, one line per stage, in order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from slider_plugin import stages
+from slider_plugin.config import RunConfig
+from slider_plugin.preflight import preflight
+from slider_plugin.registry import Plugins
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run left behind."""
+
+    finished: bool
+    """False if it was interrupted, with a checkpoint written."""
+
+    adapter: Path | None
+    """The exported slider."""
+
+    images: Path | None
+    """Folder of the last validation."""
+
+    steps: int
+    seconds: float
+
+
+def train(config: RunConfig) -> Outcome:
+    """Train a slider, validate it and export it. Raises UserError, before anything is written, for anything wrong."""
+    plugins = Plugins.discover()
+    family = plugins.load(config.model_family)
+    checked = preflight(config, family)
+    machine = stages.open_machine(config)
+    components = stages.load(config, family, checked, machine)
+    targets = stages.find_targets(config, family, checked, components)
+    adapter = stages.attach(config, components, targets, machine)
+    data = stages.encode(config, family, components, checked, machine)
+    sampler = family.build_sampler(
+        data.infos(), config.seed, config.data_backend_sampling, checked.neutral_scale
+    )
+    trainer = stages.build_trainer(config, family, components, adapter, data, sampler, checked, machine)
+    finished, seconds = stages.run(config, trainer, checked)
+    images = stages.validate(config, family, components, adapter, checked, trainer.step) if finished else None
+    exported = stages.export(config, family, adapter, targets, checked, trainer.step) if finished else None
+    return Outcome(finished, exported, images, trainer.step, seconds)
+
+
+def validate(config: RunConfig, adapter_file: Path, folder: Path) -> Path:
+    """Draw the strips of a finished slider. Raises UserError for anything wrong with the file or the configuration."""
+    family = Plugins.discover().load(config.model_family)
+    model, size = stages.check_validation(config, family, adapter_file)
+    machine = stages.open_machine(config)
+    components = stages.load_model(config, family, model, machine)
+    adapter = stages.attach_file(adapter_file, family, components)
+    return stages.draw(config, family, components, adapter, size, folder, 0)

@@ -1,0 +1,333 @@
+"""The stages of `run.py`: each takes what the stages before it made and makes one thing."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+
+from slider_hooks import Components, LoadRequest, PromptEntry, Sampler
+from slider_plugin import console
+from slider_plugin.adapters.peft_lora import LoraAdapter
+from slider_plugin.config import RunConfig
+from slider_plugin.configfile import to_json
+from slider_plugin.data.encode import Encoded, encode_once
+from slider_plugin.errors import UserError
+from slider_plugin.export import export_diffusers, read_adapter, slider_metadata
+from slider_plugin.files import write_json
+from slider_plugin.preflight import EXPORTED, Preflight, model_of, target_request
+from slider_plugin.targets import TargetPlan, resolve_targets
+from slider_plugin.training.checkpoint import Position, find_checkpoint, load_checkpoint, save_checkpoint
+from slider_plugin.training.loop import StepReport, Trainer
+from slider_plugin.training.noise import noise_process
+from slider_plugin.training.seeds import derived_seed
+from slider_plugin.training.watch import Metrics, interruptible
+from slider_plugin.validation.render import DrawSettings, render
+
+if TYPE_CHECKING:
+    from slider_plugin.registry import LoadedFamily
+
+IMAGES_AT_ONCE = 8  # of a validation
+
+
+def open_machine(config: RunConfig) -> Accelerator:
+    """The device that accelerate finds, and its arithmetic."""
+    trackers = "tensorboard" if config.report_to == "tensorboard" else None
+    machine = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=trackers,
+        project_config=ProjectConfiguration(project_dir=str(config.output_dir), logging_dir=str(config.output_dir / "logs")),
+    )
+    if machine.num_processes > 1:
+        raise UserError(f"{machine.num_processes} processes were launched; this version trains in one. Start it without a launcher")
+    return machine
+
+
+# --- Model ------------------------------------------------------------------------------------------------------------
+
+
+def load(config: RunConfig, family: LoadedFamily, checked: Preflight, machine: Accelerator) -> Components:
+    """Load the model, frozen, and say what was found."""
+    for line in checked.warnings:
+        console.warn(line)
+    components = load_model(config, family, checked.model, machine)
+    if config.gradient_checkpointing:
+        _enable_checkpointing(components, family)
+    return components
+
+
+def load_model(config: RunConfig, family: LoadedFamily, model: str, machine: Accelerator) -> Components:
+    """Load a model onto the device."""
+    request = LoadRequest(
+        model=model,
+        dtype=torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32,
+        revision=config.revision,
+        variant=config.variant,
+        options=config.family_options,
+    )
+    components = family.load_components(request)
+    components.denoiser.requires_grad_(False).eval().to(machine.device)
+    if hasattr(components.pipeline, "to"):
+        components.pipeline.to(machine.device)
+    return components
+
+
+def _enable_checkpointing(components: Components, family: LoadedFamily) -> None:
+    enable = getattr(components.denoiser, "enable_gradient_checkpointing", None)
+    if enable is None:
+        raise UserError(f"gradient_checkpointing: the denoiser of {family.facts.name} cannot do it; set the key to false")
+    enable()
+
+
+def find_targets(config: RunConfig, family: LoadedFamily, checked: Preflight, components: Components) -> TargetPlan:
+    """Where the adapter attaches, found beforehand or on the loaded model."""
+    plan = checked.targets
+    if plan is None:
+        plan = resolve_targets(family, components.denoiser, target_request(config), config.lora_rank, config.strict)
+        for line in plan.warnings:
+            console.warn(line)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in plan.by_kind.items())
+    console.say(f"{len(plan.modules)} {plan.source} target modules" + (f": {kinds}" if kinds else ""))
+    return plan
+
+
+def attach(config: RunConfig, components: Components, targets: TargetPlan, machine: Accelerator) -> LoraAdapter:
+    """Inject the trainable adapter."""
+    adapter = LoraAdapter(
+        components.denoiser,
+        targets.modules,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha or float(config.lora_rank),
+        dropout=config.lora_dropout,
+        seed=derived_seed(config.seed, "adapter"),
+    )
+    components.denoiser.to(machine.device)
+    return adapter
+
+
+# --- Data -------------------------------------------------------------------------------------------------------------
+
+
+def encode(config: RunConfig, family: LoadedFamily, components: Components, checked: Preflight, machine: Accelerator) -> Encoded:
+    """Encode all images and captions once."""
+    started = time.perf_counter()
+    data = encode_once(family, components, checked.buckets, config, machine.device)
+    seconds = time.perf_counter() - started
+    console.say(f"{len(data.latents)} images and {len(data.prompts)} captions encoded in {seconds:.1f} s")
+    return data
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+def build_trainer(
+    config: RunConfig,
+    family: LoadedFamily,
+    components: Components,
+    adapter: LoraAdapter,
+    data: Encoded,
+    sampler: Sampler,
+    checked: Preflight,
+    machine: Accelerator,
+) -> Trainer:
+    """Bring optimizer, schedule and noise together, and go back to a checkpoint if one is asked for."""
+    from diffusers.optimization import get_scheduler
+
+    optimizer = torch.optim.AdamW(
+        adapter.parameters(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+    )
+    schedule = get_scheduler(
+        config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.max_train_steps
+    )
+    trainer = Trainer(
+        family=family,
+        components=components,
+        adapter=adapter,
+        data=data,
+        sampler=sampler,
+        noise=noise_process(family.facts, components),
+        accelerator=machine,
+        optimizer=optimizer,
+        schedule=schedule,
+        seed=config.seed,
+        cycle=checked.cycle,
+        draws_per_step=checked.draws_per_step,
+        max_grad_norm=config.max_grad_norm,
+    )
+    if config.resume_from_checkpoint:
+        _resume(config, trainer)
+    return trainer
+
+
+def _resume(config: RunConfig, trainer: Trainer) -> None:
+    assert config.resume_from_checkpoint
+    path = find_checkpoint(config.resume_from_checkpoint, config.output_dir, console.say)
+    position = load_checkpoint(path, trainer.adapter, trainer.optimizer)
+    try:
+        trainer.sampler.load_state_dict(position.sampler)
+    except ValueError as error:
+        raise UserError(f"{path} cannot be resumed with these buckets: {error}") from error
+    trainer.schedule.load_state_dict(position.schedule)
+    for group, rate in zip(trainer.optimizer.param_groups, trainer.schedule.get_last_lr(), strict=True):
+        group["lr"] = rate
+    trainer.step = position.step
+    console.say(f"resumed from {path}, {position.step} steps done")
+
+
+def run(config: RunConfig, trainer: Trainer, checked: Preflight) -> tuple[bool, float]:
+    """Train, with checkpoints, validations and logs at their intervals.
+
+    Returns:
+        Whether all steps were done (an interrupt stops after the step, with a checkpoint), and the seconds it took.
+    """
+    started = time.perf_counter()
+    write_json(config.output_dir / "config.json", to_json(config))
+    metrics = Metrics(config, trainer.step, trainer.accelerator)
+    with (
+        interruptible(console.say) as interrupt,
+        console.ticking("training", config.max_train_steps, trainer.step) as ticker,
+        metrics,
+    ):
+
+        def after(report: StepReport) -> bool:
+            metrics.write(report)
+            ticker.tick(report.step, metrics.note(report))
+            if _due(report.step, config.checkpoint_step_interval) or interrupt.asked:
+                _checkpoint(config, trainer)
+            if _due(report.step, config.validation_step_interval) and report.step < config.max_train_steps:
+                validate(config, trainer.family, trainer.components, trainer.adapter, checked, report.step)
+            return interrupt.asked
+
+        finished = trainer.run(config.max_train_steps, after)
+    _checkpoint(config, trainer)
+    return finished, time.perf_counter() - started
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def _checkpoint(config: RunConfig, trainer: Trainer) -> None:
+    position = Position(trainer.step, trainer.sampler.state_dict(), trainer.schedule.state_dict())
+    facts = {"plugin": trainer.family.describe(), "rank": config.lora_rank}
+    save_checkpoint(config.output_dir, trainer.adapter, trainer.optimizer, position, facts, config.checkpoints_total_limit)
+
+
+# --- Results ----------------------------------------------------------------------------------------------------------
+
+
+def validate(
+    config: RunConfig, family: LoadedFamily, components: Components, adapter: LoraAdapter, checked: Preflight, step: int
+) -> Path | None:
+    """Draw the validation of a run; None where there is nothing to draw."""
+    if config.validation_disable or not config.prompts:
+        return None
+    size = validation_size(config) or checked.size
+    return draw(config, family, components, adapter, size, config.output_dir / "validation_images", step)
+
+
+def draw(
+    config: RunConfig,
+    family: LoadedFamily,
+    components: Components,
+    adapter: LoraAdapter,
+    size: tuple[int, int],
+    folder: Path,
+    step: int,
+) -> Path:
+    """Draw prompts, strips and the contact sheet into `folder/step_...`."""
+    first_seed = config.seed if config.validation_seed is None else config.validation_seed
+    guidance = family.facts.guidance_scale if config.validation_guidance is None else config.validation_guidance
+    rendered = render(
+        family,
+        components,
+        adapter,
+        [PromptEntry(name=p.name, prompt=p.prompt, adapter_strength=p.adapter_strength) for p in config.prompts],
+        folder=folder,
+        step=step,
+        seeds=range(first_seed, first_seed + config.num_validation_images),
+        strengths=config.validation_strengths,
+        global_strength=config.validation_adapter_strength,
+        settings=DrawSettings(
+            width=size[0],
+            height=size[1],
+            steps=config.validation_num_inference_steps,
+            guidance_scale=guidance,
+            negative_prompt=config.validation_negative_prompt,
+            batch_size=IMAGES_AT_ONCE,
+        ),
+    )
+    console.say(f"validation: {rendered.contact_sheet or rendered.folder}")
+    return rendered.folder
+
+
+def validation_size(config: RunConfig) -> tuple[int, int] | None:
+    """(width, height) of `validation_resolution`."""
+    if config.validation_resolution is None:
+        return None
+    width, _, height = config.validation_resolution.partition("x")
+    return int(width), int(height or width)
+
+
+def export(
+    config: RunConfig, family: LoadedFamily, adapter: LoraAdapter, targets: TargetPlan, checked: Preflight, steps: int
+) -> Path:
+    """Write the slider as a diffusers file; done only after it was read back and compared."""
+    metadata = slider_metadata(
+        family=family.facts.name,
+        flavour=config.model_flavour,
+        plugin=family.distribution,
+        plugin_version=family.version,
+        targets=targets.expression,
+        targets_source=targets.source,
+        strengths=sorted({b.strength or 0.0 for b in checked.buckets}),
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        steps=steps,
+        seed=config.seed,
+        base_model=checked.model,
+        objective="bucket",
+    )
+    path = config.output_dir / EXPORTED
+    report = export_diffusers(adapter.state(), adapter.scalings(), family.facts.denoiser, metadata, path, torch.float32)
+    console.say(f"slider: {report.path} ({report.modules} modules, {report.size / 1e6:.1f} MB)")
+    return path
+
+
+# --- A finished slider ------------------------------------------------------------------------------------------------
+
+
+def check_validation(config: RunConfig, family: LoadedFamily, adapter_file: Path) -> tuple[str, tuple[int, int]]:
+    """Model and image size of a validation. Raises UserError for a file of another family, or nothing to draw."""
+    _, metadata = read_adapter(adapter_file, family.facts.denoiser)
+    made_by = metadata.get("slider.family", family.facts.name)
+    if made_by != family.facts.name:
+        raise UserError(f"{adapter_file} is a slider of {made_by}, and model_family is {family.facts.name}")
+    if not config.prompts:
+        raise UserError("there is no prompt to draw: give validation_prompt or user_prompt_library")
+    size = validation_size(config) or (int(config.resolution), int(config.resolution))
+    return model_of(config, family), size
+
+
+def attach_file(adapter_file: Path, family: LoadedFamily, components: Components) -> LoraAdapter:
+    """Inject an adapter with the weights of a file that `export` wrote. Raises UserError if it does not fit the model."""
+    state, _ = read_adapter(adapter_file, family.facts.denoiser)
+    known = dict(components.denoiser.named_modules())
+    foreign = [name for name in state if name not in known]
+    if foreign:
+        raise UserError(f"{adapter_file} does not fit this model: it has no module {foreign[0]} (and {len(foreign) - 1} more)")
+    ranks = {int(parts["lora_A"].shape[0]) for parts in state.values()}
+    if len(ranks) > 1:
+        raise UserError(f"{adapter_file} has modules of different ranks ({sorted(ranks)}); this version reads one rank")
+    rank = ranks.pop()
+    adapter = LoraAdapter(components.denoiser, list(state), rank=rank, alpha=float(rank))
+    adapter.load_folded(state, str(adapter_file))
+    return adapter

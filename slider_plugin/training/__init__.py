@@ -1,0 +1,1 @@
+"""The training loop, its noise and its checkpoints."""

@@ -1,0 +1,113 @@
+"""The noise processes: how images are noised, what the denoiser is told, what it should answer.
+
+Shapes: B batch, C channels, H and W latent rows and columns. Video latents have one more dimension; all works on any.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from slider_hooks import Components, Diffusion, Family, Flow
+
+
+class NoiseProcess(Protocol):
+    """What a training step needs to know about a noise process."""
+
+    def draw_time(self, count: int, generator: torch.Generator) -> Tensor:
+        """Random times `(count,)` in this process's own unit."""
+        ...
+
+    def add_noise(self, clean_BCHW: Tensor, noise_BCHW: Tensor, time_B: Tensor) -> Tensor:
+        """The noisy latents."""
+        ...
+
+    def target(self, clean_BCHW: Tensor, noise_BCHW: Tensor, time_B: Tensor) -> Tensor:
+        """What `output` of the denoiser's answer should be."""
+        ...
+
+    def told(self, time_B: Tensor) -> Tensor:
+        """What the denoiser is told about the time."""
+        ...
+
+    def output(self, answer_BCHW: Tensor) -> Tensor:
+        """The denoiser's answer in the common convention."""
+        ...
+
+
+def _like(values_B: Tensor, like_BCHW: Tensor) -> Tensor:
+    return values_B.to(like_BCHW.device, torch.float32).reshape(-1, *(1,) * (like_BCHW.ndim - 1))
+
+
+@dataclass(frozen=True)
+class FlowProcess:
+    """`x = (1 - sigma) x0 + sigma e`, `v = e - x0`. Times are sigma, 0 (image) to 1 (noise)."""
+
+    flow: Flow
+    shift: float
+
+    def draw_time(self, count: int, generator: torch.Generator) -> Tensor:
+        """Uniform, then shifted towards noise: `s u / (1 + (s - 1) u)` (arXiv 2403.03206, eq. 23)."""
+        u_B = torch.rand(count, generator=generator)
+        return self.shift * u_B / (1.0 + (self.shift - 1.0) * u_B)
+
+    def add_noise(self, clean_BCHW: Tensor, noise_BCHW: Tensor, time_B: Tensor) -> Tensor:
+        sigma_B111 = _like(time_B, clean_BCHW)
+        return (1.0 - sigma_B111) * clean_BCHW + sigma_B111 * noise_BCHW
+
+    def target(self, clean_BCHW: Tensor, noise_BCHW: Tensor, time_B: Tensor) -> Tensor:
+        return noise_BCHW - clean_BCHW
+
+    def told(self, time_B: Tensor) -> Tensor:
+        return self.flow.time(time_B)
+
+    def output(self, answer_BCHW: Tensor) -> Tensor:
+        return answer_BCHW if self.flow.sign == 1 else -answer_BCHW
+
+
+@dataclass(frozen=True)
+class DiffusionProcess:
+    """`x_t = sqrt(a_t) x0 + sqrt(1 - a_t) e` with `a_t` the scheduler's `alphas_cumprod`. Times are its integer steps.
+
+    The target is `e`, or `v = sqrt(a_t) e - sqrt(1 - a_t) x0` (arXiv 2202.00512).
+    """
+
+    alphas_cumprod_N: Tensor
+    prediction: str
+
+    def draw_time(self, count: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(0, len(self.alphas_cumprod_N), (count,), generator=generator)
+
+    def _roots(self, time_B: Tensor, like_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        alpha_B = self.alphas_cumprod_N[time_B.cpu()]
+        return _like(alpha_B.sqrt(), like_BCHW), _like((1.0 - alpha_B).sqrt(), like_BCHW)
+
+    def add_noise(self, clean_BCHW: Tensor, noise_BCHW: Tensor, time_B: Tensor) -> Tensor:
+        signal_B111, sigma_B111 = self._roots(time_B, clean_BCHW)
+        return signal_B111 * clean_BCHW + sigma_B111 * noise_BCHW
+
+    def target(self, clean_BCHW: Tensor, noise_BCHW: Tensor, time_B: Tensor) -> Tensor:
+        if self.prediction == "epsilon":
+            return noise_BCHW
+        signal_B111, sigma_B111 = self._roots(time_B, clean_BCHW)
+        return signal_B111 * noise_BCHW - sigma_B111 * clean_BCHW
+
+    def told(self, time_B: Tensor) -> Tensor:
+        return time_B
+
+    def output(self, answer_BCHW: Tensor) -> Tensor:
+        return answer_BCHW
+
+
+def noise_process(family: Family, components: Components) -> NoiseProcess:
+    """The noise process that a family declares, with what its loaded scheduler adds."""
+    config: Any = getattr(components.scheduler, "config", {})
+    if isinstance(family.noise, Flow):
+        shift = family.noise.shift if family.noise.shift is not None else config.get("shift") or 1.0
+        return FlowProcess(family.noise, float(shift))
+    assert isinstance(family.noise, Diffusion)
+    alphas_N: Tensor = components.scheduler.alphas_cumprod.detach().float().cpu()
+    return DiffusionProcess(alphas_N, components.prediction)

@@ -1,0 +1,281 @@
+"""Draw a validation and write it into `step_<number>/`: single images, pairs, strips, one contact sheet, `prompts.json`.
+
+Nothing of it stays behind in the model: the adapter's scale, train and eval modes, the pipeline's scheduler and progress
+bar and torch's random numbers are afterwards what they were before, also when drawing fails.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+
+from slider_hooks import Components, PromptEntry
+from slider_plugin.errors import PluginError
+from slider_plugin.files import replacing, safe_name, write_json
+from slider_plugin.validation import strips
+from slider_plugin.validation.plan import Panel, Plan, Shot, plan_validation
+from slider_plugin.validation.strips import format_strength
+
+
+class DrawingFamily(Protocol):
+    """What drawing needs of a loaded family."""
+
+    def build_pipeline(self, components: Components, /) -> Any: ...
+
+    def validation_prompt_scale(self, entry: PromptEntry, global_strength: float, /) -> float: ...
+
+
+class ScalableAdapter(Protocol):
+    """What drawing needs of the trainable adapter."""
+
+    def scaled(self, scale: float, /) -> AbstractContextManager[object]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrawSettings:
+    """How one image is drawn. `batch_size` changes speed and memory, not images."""
+
+    width: int
+    height: int
+    steps: int
+    guidance_scale: float
+    negative_prompt: str | None = None
+    batch_size: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """What a validation wrote; `contact_sheet` and `prompts` are None if there was nothing to draw."""
+
+    folder: Path
+    images: Mapping[Shot, Path]
+    pairs: tuple[Path, ...] = ()
+    strips: tuple[Path, ...] = ()
+    contact_sheet: Path | None = None
+    prompts: Path | None = None
+
+
+def render(
+    family: DrawingFamily,
+    components: Components,
+    adapter: ScalableAdapter,
+    prompts: Sequence[PromptEntry],
+    *,
+    folder: Path,
+    step: int,
+    seeds: Sequence[int],
+    strengths: Sequence[float],
+    global_strength: float,
+    settings: DrawSettings,
+) -> Rendered:
+    """Draw all prompts at all scales.
+
+    Args:
+        family: the family with its hooks.
+        components: the model, with the adapter injected and on its device.
+        adapter: the trainable adapter; its `scaled` sets a scale and takes it back.
+        prompts: the prompt library.
+        folder: the images go into `step_<step>` in it; files of an earlier validation of that step are replaced.
+        step: optimizer steps so far.
+        seeds: one image of each kind per seed.
+        strengths: scales of the strips; empty for none.
+        global_strength: scale of prompts without one of their own, before the family's hook has its say.
+        settings: size, steps, guidance.
+
+    Raises:
+        PluginError: a hook of the family answered something that cannot be used.
+    """
+    plan = plan_validation(prompts, seeds, strengths, lambda entry: family.validation_prompt_scale(entry, global_strength))
+    place = folder / f"step_{step:06d}"
+    if not plan.shots:
+        return Rendered(place, {})
+    files = _Files(place, plan)
+    pipeline = family.build_pipeline(components)
+    with undisturbed(components, pipeline):
+        for scale, shots in plan.by_scale():
+            with adapter.scaled(scale):
+                _draw(pipeline, shots, settings, files)
+    return _assemble(plan, files, step, settings)
+
+
+# --- Drawing ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def undisturbed(components: Components, pipeline: Any) -> Iterator[None]:
+    """Everything that drawing needs switched, and all of it back afterwards.
+
+    `no_grad` rather than `inference_mode`: models keep tensors that they make on the way (rotary tables, cached masks), and
+    training could not differentiate through an inference tensor. Without gradients, diffusers skips gradient checkpointing
+    by itself, so that switch needs no touching.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_same_random_numbers(components.denoiser))
+        stack.enter_context(_eval_mode(components.denoiser))
+        stack.enter_context(_own_scheduler(pipeline))
+        stack.enter_context(_quiet(pipeline))
+        yield
+
+
+def _same_random_numbers(module: torch.nn.Module) -> AbstractContextManager[None]:
+    """A pipeline may draw from the global generators in spite of its own; training's sequence must not notice."""
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+@contextmanager
+def _eval_mode(module: torch.nn.Module) -> Iterator[None]:
+    modes = [(part, part.training) for part in module.modules()]  # each, as a trainer may have frozen parts in eval mode
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@contextmanager
+def _own_scheduler(pipeline: Any) -> Iterator[None]:
+    """Draw with a copy of the scheduler: `set_timesteps` overwrites tables that training may read from the original."""
+    scheduler = getattr(pipeline, "scheduler", None)
+    if scheduler is None:
+        yield
+        return
+    pipeline.scheduler = copy.deepcopy(scheduler)
+    try:
+        yield
+    finally:
+        pipeline.scheduler = scheduler
+
+
+@contextmanager
+def _quiet(pipeline: Any) -> Iterator[None]:
+    configure = getattr(pipeline, "set_progress_bar_config", None)
+    if configure is None:
+        yield
+        return
+    before = dict(getattr(pipeline, "_progress_bar_config", {}))  # diffusers has no getter
+    configure(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        configure(**before)
+
+
+def _draw(pipeline: Any, shots: Sequence[Shot], settings: DrawSettings, files: _Files) -> None:
+    """Draw shots of one scale and write each batch at once: memory holds one batch, and a killed run keeps its images."""
+    for start in range(0, len(shots), settings.batch_size):
+        batch = shots[start : start + settings.batch_size]
+        for shot, image in zip(batch, _call(pipeline, batch, settings), strict=True):
+            _save(image, files.image(shot))
+
+
+def _call(pipeline: Any, batch: Sequence[Shot], settings: DrawSettings) -> list[Image.Image]:
+    # One generator per image, and on the CPU: the noise is then the same in any batch and on any device.
+    generators = [torch.Generator("cpu").manual_seed(shot.seed) for shot in batch]
+    negative = {} if settings.negative_prompt is None else {"negative_prompt": [settings.negative_prompt] * len(batch)}
+    drawn = pipeline(
+        prompt=[shot.entry.prompt for shot in batch],
+        height=settings.height,
+        width=settings.width,
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        generator=generators,
+        **negative,
+    ).images
+    images = list(drawn)
+    if len(images) != len(batch) or not all(isinstance(image, Image.Image) for image in images):
+        kinds = ", ".join(sorted({type(image).__name__ for image in images})) or "nothing"
+        raise PluginError(
+            f"the pipeline of build_pipeline answered {len(images)} images ({kinds}) to {len(batch)} prompts; "
+            "it must answer one PIL image to each"
+        )
+    return images
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+class _Files:
+    """Where each picture of a plan goes: `NN_name_seed42_base.png` and the like."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self.folder = folder
+        entries = dict.fromkeys(shot.entry for shot in plan.shots)
+        self._names = {entry: safe_name(entry.name, number) for number, entry in enumerate(entries, start=1)}
+
+    def image(self, shot: Shot) -> Path:
+        kind = "base" if shot.scale == 0.0 else f"scale{format_strength(shot.scale)}"
+        return self._path(shot.entry, shot.seed, kind)
+
+    def panel(self, panel: Panel, kind: str) -> Path:
+        return self._path(panel.entry, panel.seed, kind)
+
+    def _path(self, entry: PromptEntry, seed: int, kind: str) -> Path:
+        return self.folder / f"{self._names[entry]}_seed{seed}_{kind}.png"
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def _open(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
+def _assemble(plan: Plan, files: _Files, step: int, settings: DrawSettings) -> Rendered:
+    images = {shot: files.image(shot) for shot in plan.shots}
+    pairs = tuple(_write_pair(panel, files) for panel in plan.pairs)
+    written = tuple(_write_strip(panel, files) for panel in plan.strips)
+    several = len({shot.seed for shot in plan.shots}) > 1
+    rows = [(_row_title(panel, several), strips.fit(_side_by_side(panel, files))) for panel in plan.sheet]
+    sheet = files.folder / "contact_sheet.png"
+    _save(strips.contact_sheet(rows), sheet)
+    sidecar = files.folder / "prompts.json"
+    write_json(sidecar, {"step": step, "settings": asdict(settings), "images": [_record(s, p) for s, p in images.items()]})
+    return Rendered(files.folder, images, pairs, written, sheet, sidecar)
+
+
+def _side_by_side(panel: Panel, files: _Files, title: str | None = None) -> Image.Image:
+    shots = panel.shots
+    return strips.strip([_open(files.image(shot)) for shot in shots], [format_strength(shot.scale) for shot in shots], title)
+
+
+def _write_pair(panel: Panel, files: _Files) -> Path:
+    base, own = panel.shots
+    path = files.panel(panel, "pair")
+    labels = (format_strength(base.scale), format_strength(own.scale))
+    _save(strips.pair(_open(files.image(base)), _open(files.image(own)), labels), path)
+    return path
+
+
+def _write_strip(panel: Panel, files: _Files) -> Path:
+    path = files.panel(panel, "strip")
+    _save(_side_by_side(panel, files, panel.entry.prompt), path)
+    return path
+
+
+def _row_title(panel: Panel, several_seeds: bool) -> str:
+    prompt = panel.entry.prompt or "(empty prompt)"
+    return f"{prompt}  -  seed {panel.seed}" if several_seeds else prompt
+
+
+def _record(shot: Shot, path: Path) -> dict[str, Any]:
+    return {
+        "name": shot.entry.name,
+        "prompt": shot.entry.prompt,
+        "seed": shot.seed,
+        "scale": shot.scale,
+        "file": path.name,
+    }
