@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,22 +30,23 @@ ConfigFile = Annotated[Path | None, typer.Argument(help="JSON or YAML; every key
 
 
 def main() -> None:
-    """Run a command. Exit codes: 0; 2 something the user gave is wrong; 1 our own failure; 130 interrupted."""
-    sys.exit(_guarded(app))
+    """The console script."""
+    sys.exit(execute(sys.argv[1:]))
 
 
-def _guarded(command: Callable[..., Any]) -> int:
+def execute(arguments: list[str]) -> int:
+    """Run a command and return its exit code: 0; 2 something the user gave is wrong; 1 our own failure; 130 interrupted."""
     try:
-        result = command(standalone_mode=False)
+        result = app(arguments, standalone_mode=False)
     except UserError as error:
         console.fail(str(error))
         return 2
     except (typer.Abort, KeyboardInterrupt):
         console.fail("interrupted")
         return 130
-    except Exception as error:
+    except Exception as error:  # the last resort of the whole program: nothing is hidden, and the exit code says whose fault
         if _is_usage_error(error):
-            console.fail(getattr(error, "format_message", lambda: str(error))())
+            console.fail(error.format_message() if hasattr(error, "format_message") else str(error))
             return 2
         console.err.print(traceback.format_exc(), markup=False)
         console.fail("this is a fault of slider-plugin or of a plugin, see above")
@@ -149,14 +149,15 @@ def _read(path: Path | None, flags: list[str]) -> Any:
 
 
 def _print_keys() -> None:
-    from rich.table import Table
-
     from slider_plugin.configfile import key_help
 
-    table = Table("key", "type", "default", "", box=None, pad_edge=False)
-    for _section, name, kind, default, text in key_help():
-        table.add_row(name, kind, default, text)
-    console.out.print(table)
+    section = ""
+    for where, name, kind, default, text in key_help():
+        if where != section:
+            console.out.print(f"\n{where}", style="bold")
+            section = where
+        console.out.print(f"  --{name}  {kind}" + (f", default {default}" if default else ""), markup=False)
+        console.out.print(f"      {text}", markup=False)
 
 
 def _quiet_libraries() -> None:

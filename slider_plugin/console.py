@@ -54,8 +54,12 @@ def ticking(name: str, total: int, done: int = 0) -> Iterator[Ticker]:
         yield Ticker(total, done, None, name)
         return
     columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
-    )  # fmt: skip
+    )
     with Progress(*columns, console=err) as progress:
         yield Ticker(total, done, progress, name)

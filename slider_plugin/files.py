@@ -45,7 +45,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         _flush_file(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     _flush_folder(path.parent)
@@ -67,7 +67,7 @@ def folder_replacing(path: Path) -> Iterator[Path]:
         _flush_tree(temporary)
         # Again, since another process may have been faster: a rename silently replaces an empty folder on POSIX.
         _refuse_existing(path)
-        os.rename(temporary, path)
+        temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)  # the first error is the one to report
         raise

@@ -84,9 +84,7 @@ def _or_note(problems: list[str], work: Callable[[], T]) -> T | None:
     return None
 
 
-def _facts(
-    config: RunConfig, model: str, targets: TargetPlan | None, denoiser: Module | None, opened: Buckets
-) -> Preflight:
+def _facts(config: RunConfig, model: str, targets: TargetPlan | None, denoiser: Module | None, opened: Buckets) -> Preflight:
     cycle = cycle_length([b.info(config.train_batch_size) for b in opened.buckets])
     draws = -(-config.gradient_accumulation_steps // cycle) * cycle
     warnings = [*opened.warnings, *(targets.warnings if targets else ())]
@@ -162,7 +160,9 @@ def alignment(config: RunConfig) -> int:
     """What the sides of training images are multiples of: 64 as usual, less for images that are small themselves."""
     if config.aspect_bucket_alignment:
         return config.aspect_bucket_alignment
-    edges = [_edge(b.resolution, b.resolution_type) for b in config.buckets] or [_edge(config.resolution, config.resolution_type)]
+    edges = [_edge(b.resolution, b.resolution_type) for b in config.buckets] or [
+        _edge(config.resolution, config.resolution_type)
+    ]
     return 64 if min(edges) >= 512 else 16 if min(edges) >= 64 else 8
 
 

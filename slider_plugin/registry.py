@@ -143,12 +143,14 @@ def _submodule(parent: ModuleSpec | None, name: str) -> ModuleSpec | None:
 
 
 def read(points: Iterable[EntryPoint]) -> list[PluginRow]:
-    """One row for each entry point, sorted; a distribution that is on the path twice counts once."""
-    rows: dict[tuple[str, str, str], PluginRow] = {}
+    """One row for each entry point, sorted; of a distribution that is on the path twice the first counts, and it alone."""
+    owners: dict[str, Distribution | None] = {}
+    rows = []
     for point in points:
         row = _row(point, point.dist)
-        rows.setdefault((row.kind, row.name, canonical(row.distribution)), row)
-    return sorted(rows.values(), key=lambda row: (row.kind, row.name, canonical(row.distribution)))
+        if owners.setdefault(canonical(row.distribution), point.dist) is point.dist:
+            rows.append(row)
+    return sorted(rows, key=lambda row: (row.kind, row.name, canonical(row.distribution)))
 
 
 def _row(point: EntryPoint, dist: Distribution | None) -> PluginRow:
@@ -194,11 +196,11 @@ def _words(rows: list[PluginRow], environ: Mapping[str, str], variable: str) -> 
     words = [word for part in environ.get(variable, "").split(",") if (word := part.strip())]
     known = {name for row in rows for name in _names(row)}
     unknown = [word for word in words if canonical(word) not in known]
-    if unknown:
+    if unknown and rows:  # without any plugin the trouble is another one, and whoever asks for a family is told
         spellings = sorted({spelling for row in rows for spelling in (row.name, row.distribution, row.key)})
         raise PluginError(
             f"{variable} names what is not installed: {', '.join(word + nearest(word, spellings) for word in unknown)}. Write "
-            f"family, distribution or distribution:family. Installed: {', '.join(row.key for row in rows) or 'none at all'}"
+            f"family, distribution or distribution:family. Installed: {', '.join(row.key for row in rows)}"
         )
     return {canonical(word) for word in words}
 

@@ -38,9 +38,7 @@ def train(config: RunConfig) -> Outcome:
     targets = stages.find_targets(config, family, checked, components)
     adapter = stages.attach(config, components, targets, machine)
     data = stages.encode(config, family, components, checked, machine)
-    sampler = family.build_sampler(
-        data.infos(), config.seed, config.data_backend_sampling, checked.neutral_scale
-    )
+    sampler = family.build_sampler(data.infos(), config.seed, config.data_backend_sampling, checked.neutral_scale)
     trainer = stages.build_trainer(config, family, components, adapter, data, sampler, checked, machine)
     finished, seconds = stages.run(config, trainer, checked)
     images = stages.validate(config, family, components, adapter, checked, trainer.step) if finished else None

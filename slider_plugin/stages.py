@@ -38,12 +38,14 @@ def open_machine(config: RunConfig) -> Accelerator:
     """The device that accelerate finds, and its arithmetic."""
     trackers = "tensorboard" if config.report_to == "tensorboard" else None
     machine = Accelerator(
-        mixed_precision=config.mixed_precision,
+        mixed_precision="no",  # the trainer's own: accelerate would fix it for the life of the process
         log_with=trackers,
         project_config=ProjectConfiguration(project_dir=str(config.output_dir), logging_dir=str(config.output_dir / "logs")),
     )
     if machine.num_processes > 1:
-        raise UserError(f"{machine.num_processes} processes were launched; this version trains in one. Start it without a launcher")
+        raise UserError(
+            f"{machine.num_processes} processes were launched; this version trains in one. Start it without a launcher"
+        )
     return machine
 
 
@@ -112,7 +114,9 @@ def attach(config: RunConfig, components: Components, targets: TargetPlan, machi
 # --- Data -------------------------------------------------------------------------------------------------------------
 
 
-def encode(config: RunConfig, family: LoadedFamily, components: Components, checked: Preflight, machine: Accelerator) -> Encoded:
+def encode(
+    config: RunConfig, family: LoadedFamily, components: Components, checked: Preflight, machine: Accelerator
+) -> Encoded:
     """Encode all images and captions once."""
     started = time.perf_counter()
     data = encode_once(family, components, checked.buckets, config, machine.device)
@@ -161,6 +165,7 @@ def build_trainer(
         cycle=checked.cycle,
         draws_per_step=checked.draws_per_step,
         max_grad_norm=config.max_grad_norm,
+        bf16=config.mixed_precision == "bf16",
     )
     if config.resume_from_checkpoint:
         _resume(config, trainer)

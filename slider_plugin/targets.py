@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from slider_hooks import Family, ResolvedTargets, TargetRequest, Targets
 from slider_plugin.errors import UserError
@@ -152,7 +152,7 @@ def _by_kind(targets: Targets, names: Sequence[str]) -> dict[str, int]:
 
 def _rank_one_parameters(module: Module) -> int:
     """Parameters of a rank-1 LoRA on a module: A is (r, in, *kernel), B is (out, r)."""
-    weight = module.weight
+    weight: Any = module.weight
     return int(weight[0].numel()) + int(weight.shape[0])
 
 
@@ -170,11 +170,11 @@ def _assert_rank_fits(denoiser: Module, names: Sequence[str], rank: int) -> None
 def _with_warnings(plan: TargetPlan) -> TargetPlan:
     warnings = []
     if plan.forbidden and plan.source in ("explicit", "standard"):
-        warnings.append(f"the targets reach cross-attention or text ({listed(plan.forbidden)}): language will move with the slider")
+        warnings.append(
+            f"the targets reach cross-attention or text ({listed(plan.forbidden)}): language will move with the slider"
+        )
     if plan.dead and plan.source == "explicit":
         warnings.append(f"these targets name no module: {listed(plan.dead)}")
-    from dataclasses import replace
-
     return replace(plan, warnings=plan.warnings + tuple(warnings))
 
 
@@ -186,13 +186,11 @@ def listed(names: Sequence[str]) -> str:
 
 def _fallback(family: LoadedFamily, denoiser: Module, request: TargetRequest, failed: TargetPlan, rank: int) -> TargetPlan:
     """The specification's fallback to the standard LoRA targets, said aloud."""
-    from dataclasses import replace
-
-    standard = TargetRequest(
-        slider=False, explicit=None, adapter=request.adapter, include_joint=request.include_joint
-    )
+    standard = TargetRequest(slider=False, explicit=None, adapter=request.adapter, include_joint=request.include_joint)
     plan = match(family.facts, denoiser, family.resolve_lora_targets(denoiser, None, standard), rank)
-    line = f"no slider target of {family.facts.name} matches this model ({listed(failed.dead)}); using its standard LoRA targets"
+    line = (
+        f"no slider target of {family.facts.name} matches this model ({listed(failed.dead)}); using its standard LoRA targets"
+    )
     return replace(plan, warnings=(line, *plan.warnings))
 
 
@@ -204,7 +202,8 @@ def _nothing_matched(family: Family, denoiser: Module, plan: TargetPlan) -> str:
     leaves = sorted({re.sub(r"\d+", "N", n) for n in names})
     near = difflib.get_close_matches(wanted, leaves, n=3, cutoff=0.3) or leaves[:3]
     return (
-        f"the {plan.source} targets of {family.name} match no module of {type(denoiser).__name__}: {listed(plan.dead) or '(none)'}. "
+        f"the {plan.source} targets of {family.name} match no module of {type(denoiser).__name__}: "
+        f"{listed(plan.dead) or 'there are none'}. "
         f"Nearest names here: {', '.join(near)}"
     )
 

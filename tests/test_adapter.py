@@ -18,7 +18,9 @@ Load = Callable[[str], tuple[Any, Any]]
 FAMILIES = ("sd1", "z_image")
 
 
-def prepared(load: Load, name: str, rank: int = 4, alpha: float = 2.0) -> tuple[Any, Any, LoraAdapter, Callable[[], Tensor], Tensor]:
+def prepared(
+    load: Load, name: str, rank: int = 4, alpha: float = 2.0
+) -> tuple[Any, Any, LoraAdapter, Callable[[], Tensor], Tensor]:
     """A tiny model, its output before injection, an adapter with non-zero weights and the call that gave the output."""
     family, components = load(name)
     noisy = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))

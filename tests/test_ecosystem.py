@@ -61,7 +61,10 @@ def test_plain_diffusers_draws_the_same(project: Callable[..., Path], tmp_path: 
     assert json.loads(result.stdout.splitlines()[-1]) == len(read_adapter(outcome.adapter)[0])
 
     theirs = {name: pixels(tmp_path / f"{name}.png") for name in ("base", "+1", "-1", "+0")}
-    ours = {shot["scale"]: pixels(outcome.images / shot["file"]) for shot in json.loads((outcome.images / "prompts.json").read_text())["images"]}
+    ours = {
+        shot["scale"]: pixels(outcome.images / shot["file"])
+        for shot in json.loads((outcome.images / "prompts.json").read_text())["images"]
+    }
     assert np.array_equal(theirs["base"], theirs["+0"])
     assert np.array_equal(theirs["base"], ours[0])
     for name, scale in (("+1", 1), ("-1", -1)):

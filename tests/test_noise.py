@@ -52,7 +52,7 @@ def test_shift_moves_time_towards_noise() -> None:
     plain = FlowProcess(flow, 1.0).draw_time(1000, generators[0])
     shifted = FlowProcess(flow, 3.0).draw_time(1000, generators[1])
     assert torch.allclose(shifted, 3 * plain / (1 + 2 * plain))
-    assert 0.0 <= float(plain.min()) and float(shifted.max()) <= 1.0
+    assert float(plain.min()) >= 0.0 and float(shifted.max()) <= 1.0
 
 
 class Oracle(torch.nn.Module):
@@ -81,7 +81,7 @@ class Oracle(torch.nn.Module):
     def forward(self, sample: Any, time: Tensor, *args: Any, **kwargs: Any) -> Any:
         if isinstance(sample, list):
             noisy = torch.stack(sample).squeeze(2)
-            return ([x for x in self.answer(noisy, time).unsqueeze(2)],)
+            return (list(self.answer(noisy, time).unsqueeze(2)),)
         return (self.answer(sample, time.expand(len(sample))),)
 
 

@@ -81,7 +81,9 @@ def test_no_target_ever_sees_text_alone(name: str, load: Callable[[str], tuple[A
         module = components.denoiser.get_submodule(module_name)
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(
-                lambda _, args, key=module_name: seen.setdefault(key, set()).add(args[0].shape[1]) if args[0].ndim == 3 else None
+                lambda _, args, key=module_name: (
+                    seen.setdefault(key, set()).add(args[0].shape[1]) if args[0].ndim == 3 else None
+                )
             )
     latents = torch.randn(1, 4, 16, 16)
     time = torch.tensor([0.5]) if name == "z_image" else torch.tensor([500])

@@ -54,7 +54,11 @@ def trainer_of(config: Path) -> Trainer:
 @pytest.mark.parametrize("family", ["sd1", "z_image"])
 def test_a_run_trains_exports_and_validates(project: Project, family: str, tmp_path: Path) -> None:
     config = project(
-        family, neutral=True, validation_prompt="a red circle", validation_num_inference_steps=2, validation_strengths=[-1, 0, 1]
+        family,
+        neutral=True,
+        validation_prompt="a red circle",
+        validation_num_inference_steps=2,
+        validation_strengths=[-1, 0, 1],
     )
     outcome = train(config)
     assert outcome.finished and outcome.steps == 4

@@ -5,7 +5,7 @@ Shapes: B batch, C channels, H and W latent (or pixel) rows and columns, T text 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -322,5 +322,3 @@ class PromptEntry:
 
     adapter_strength: float | None = None
     """Its own strength; None takes the global one."""
-
-

@@ -34,7 +34,7 @@ class LoraAdapter:
         self.rank, self.alpha, self.modules = rank, alpha, tuple(modules)
         config = LoraConfig(
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=_exactly(modules), init_lora_weights=True
-        )  # type: ignore[call-arg]
+        )
         denoiser.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -70,7 +70,7 @@ class LoraAdapter:
             device = layer.lora_A[NAME].weight.device
             if device not in tensors:
                 tensors[device] = torch.tensor(scale * self._factor, dtype=torch.float32, device=device)
-            layer.scaling[NAME] = tensors[device]  # type: ignore[assignment]
+            layer.scaling[NAME] = tensors[device]
 
     # --- weights ----------------------------------------------------------------------------------------------------
 

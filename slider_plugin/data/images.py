@@ -125,7 +125,7 @@ def _what_is_wrong(path: Path, error: BaseException) -> str:
 
 
 def _is_image_name(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+    return not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
 
 
 def _refuse_folder(error: OSError) -> None:

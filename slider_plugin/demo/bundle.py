@@ -16,4 +16,6 @@ def fixtures() -> Path:
     for place in (here.parents[1] / "fixtures", here.parents[2] / "fixtures"):
         if (place / "tiny").is_dir() and (place / "buckets").is_dir():
             return place
-    raise UserError("the demo's fixtures are not in this installation; reinstall slider-plugin from its wheel or its repository")
+    raise UserError(
+        "the demo's fixtures are not in this installation; reinstall slider-plugin from its wheel or its repository"
+    )

@@ -165,7 +165,8 @@ def read_attributes(rendered: Rendered) -> dict[tuple[int, int], dict[float, mea
         entry = PromptEntry(name=f"{colour}-{shape}-{background}", prompt=measure.prompt(colour, shape, background))
         for seed in measure.SEEDS:
             rows[number, seed] = {
-                s: measure.measure(_pixels(rendered.images[Shot(entry, seed, s)]), colour, background) for s in measure.STRENGTHS
+                s: measure.measure(_pixels(rendered.images[Shot(entry, seed, s)]), colour, background)
+                for s in measure.STRENGTHS
             }
     return rows
 

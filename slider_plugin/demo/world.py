@@ -111,7 +111,8 @@ def _coverage(scene: Scene, resolution: int) -> np.ndarray:
             crosses = (v > min(y0, y1)) & (v <= max(y0, y1))
             inside ^= crosses & (u < (x1 - x0) * (v - y0) / (y1 - y0) + x0)
     blocks = inside.reshape(resolution, SUPERSAMPLING, resolution, SUPERSAMPLING)
-    return blocks.mean(axis=(1, 3)).astype(np.float32)
+    coverage: np.ndarray = blocks.mean(axis=(1, 3)).astype(np.float32)
+    return coverage
 
 
 def render(scene: Scene, resolution: int = RESOLUTION) -> np.ndarray:

@@ -57,6 +57,9 @@ class Trainer:
     """`gradient_accumulation_steps`, in whole cycles."""
 
     max_grad_norm: float
+    bf16: bool
+    """Arithmetic in bfloat16; not left to accelerate, whose precision is fixed for the life of a process."""
+
     step: int = 0
     """Optimizer steps done."""
 
@@ -104,7 +107,7 @@ class Trainer:
 
         def predict(noisy_BCHW: Tensor, time_B: Tensor) -> Tensor:
             told_B = self.noise.told(time_B).to(noisy_BCHW.device)
-            with self.accelerator.autocast():
+            with torch.autocast(noisy_BCHW.device.type, torch.bfloat16, enabled=self.bf16):
                 answer_BCHW = self.family.predict(self.components, noisy_BCHW, told_B, batch.conditioning)
             return self.noise.output(answer_BCHW)
 

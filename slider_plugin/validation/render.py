@@ -239,7 +239,7 @@ def _assemble(plan: Plan, files: _Files, step: int, settings: DrawSettings) -> R
     pairs = tuple(_write_pair(panel, files) for panel in plan.pairs)
     written = tuple(_write_strip(panel, files) for panel in plan.strips)
     several = len({shot.seed for shot in plan.shots}) > 1
-    rows = [(_row_title(panel, several), strips.fit(_side_by_side(panel, files))) for panel in plan.sheet]
+    rows = [(_row_title(panel, several), strips.fit(_sheet_strip(panel, files))) for panel in plan.sheet]
     sheet = files.folder / "contact_sheet.png"
     _save(strips.contact_sheet(rows), sheet)
     sidecar = files.folder / "prompts.json"
@@ -247,22 +247,24 @@ def _assemble(plan: Plan, files: _Files, step: int, settings: DrawSettings) -> R
     return Rendered(files.folder, images, pairs, written, sheet, sidecar)
 
 
-def _side_by_side(panel: Panel, files: _Files, title: str | None = None) -> Image.Image:
-    shots = panel.shots
-    return strips.strip([_open(files.image(shot)) for shot in shots], [format_strength(shot.scale) for shot in shots], title)
+def _contents(panel: Panel, files: _Files) -> tuple[list[Image.Image], list[str]]:
+    return [_open(files.image(shot)) for shot in panel.shots], [format_strength(shot.scale) for shot in panel.shots]
+
+
+def _sheet_strip(panel: Panel, files: _Files) -> Image.Image:
+    return strips.strip(*_contents(panel, files), framed=False)
 
 
 def _write_pair(panel: Panel, files: _Files) -> Path:
-    base, own = panel.shots
+    (base, own), (zero, scale) = _contents(panel, files)
     path = files.panel(panel, "pair")
-    labels = (format_strength(base.scale), format_strength(own.scale))
-    _save(strips.pair(_open(files.image(base)), _open(files.image(own)), labels), path)
+    _save(strips.pair(base, own, (zero, scale)), path)
     return path
 
 
 def _write_strip(panel: Panel, files: _Files) -> Path:
     path = files.panel(panel, "strip")
-    _save(_side_by_side(panel, files, panel.entry.prompt), path)
+    _save(strips.strip(*_contents(panel, files), panel.entry.prompt), path)
     return path
 
 

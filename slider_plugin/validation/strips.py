@@ -55,8 +55,12 @@ def format_strength(value: float) -> str:
     return short if float(short) == number else f"{'+' if number > 0 else ''}{number!r}"
 
 
-def strip(images: Sequence[Image.Image], labels: Sequence[str], title: str | None = None) -> Image.Image:
+def strip(
+    images: Sequence[Image.Image], labels: Sequence[str], title: str | None = None, *, framed: bool = True
+) -> Image.Image:
     """Images side by side on white, each with its label below, under an optional title.
+
+    `framed` leaves a margin all round; a row of a contact sheet needs none, as the sheet has its own.
 
     Raises:
         ValueError: no images, or not one label for each.
@@ -66,12 +70,12 @@ def strip(images: Sequence[Image.Image], labels: Sequence[str], title: str | Non
     cells = [_enlarged(_on_white(image)) for image in images]
     width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
     size = max(15, round(min(width, height) * 0.085))
-    gap, margin = max(4, size // 3), size
+    gap, margin = max(4, size // 3), size if framed else 0
     total = 2 * margin + len(cells) * width + (len(cells) - 1) * gap
     heading = _title_block(title, size, total - 2 * margin) if title else None
     top = margin + (heading.height + size // 2 if heading else 0)
 
-    canvas = Image.new("RGB", (total, top + height + size // 2 + size + margin), _WHITE)
+    canvas = Image.new("RGB", (total, top + height + round(size * 1.3) + margin), _WHITE)
     if heading:
         canvas.paste(heading, (margin, margin))
     draw = ImageDraw.Draw(canvas)
@@ -156,9 +160,10 @@ _SHEET_TEXT = 19
 
 def _sheet_row(title: str, image: Image.Image, width: int) -> Image.Image:
     heading = _title_block(title or "(empty prompt)", _SHEET_TEXT, width)
-    row = Image.new("RGB", (width, heading.height + image.height), _WHITE)
+    top = heading.height + _SHEET_TEXT // 2
+    row = Image.new("RGB", (width, top + image.height), _WHITE)
     row.paste(heading, (0, 0))
-    row.paste(_on_white(image), (0, heading.height))
+    row.paste(_on_white(image), (0, top))
     return row
 
 

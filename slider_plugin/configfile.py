@@ -1,0 +1,454 @@
+"""Read a configuration: config.json, dataloader JSON, prompt library and flags, with every problem in one message.
+
+A relative path in a file means a place beside that file if there is one, else a place below the current directory; in a
+flag it means the current directory. `output_dir` always means the current directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from slider_hooks import Family, Option
+from slider_plugin.config import SECTIONS, BucketConfig, PromptConfig, RunConfig
+from slider_plugin.documents import parse_flags, read_document
+from slider_plugin.errors import ConfigError, UserError
+from slider_plugin.known_keys import (
+    CACHES,
+    CONFIG_KEYS,
+    ENTRY_KEYS,
+    PROMPT_KEYS,
+    REGULARISATION,
+    RENAMED,
+    UNMIRRORED,
+    VALUES,
+    Known,
+)
+
+INHERITED = (
+    "resolution", "resolution_type", "caption_strategy", "instance_prompt",
+    "minimum_image_size", "maximum_image_size", "target_downsample_size",
+)  # fmt: skip
+"""Keys of the configuration that are the defaults of every bucket."""
+
+NOT_FLAGS = ("buckets", "prompts", "family_options")
+FAMILY_KEY = "model_family"
+WORDS = {"true": True, "false": False}
+
+
+def read_config(
+    path: Path | None, flags: Sequence[str] = (), family: Callable[[str], Family] | None = None
+) -> tuple[RunConfig, tuple[str, ...]]:
+    """Read a run's configuration.
+
+    Args:
+        path: config.json (or YAML); None if everything is in the flags.
+        flags: `--key value ...`; they win over the file.
+        family: finds a family by name, and raises UserError if there is none.
+
+    Returns:
+        The configuration, complete in itself (buckets and prompts are read in), and lines about keys that were ignored.
+
+    Raises:
+        ConfigError: everything that is wrong, in whichever file.
+    """
+    return _Reader(family).read(path, flags)
+
+
+def read_prompts(path: Path) -> tuple[PromptConfig, ...]:
+    """Read a prompt library. Raises ConfigError with everything that is wrong with it."""
+    reader = _Reader(None)
+    prompts = reader.prompt_library(path)
+    if reader.problems:
+        raise ConfigError(reader.problems, where="the prompt library")
+    return prompts
+
+
+def to_json(config: RunConfig) -> dict[str, Any]:
+    """The configuration as a JSON object that `read_config` reads back to the same; the family's options are plain keys."""
+    values: dict[str, Any] = config.model_dump(mode="json")
+    options = values.pop("family_options")
+    return {key: value for key, value in (values | options).items() if value is not None}
+
+
+def key_help() -> list[tuple[str, str, str, str, str]]:
+    """(section, key, type, default, help) of every key that is also a flag."""
+    rows, section = [], ""
+    for name, info in RunConfig.model_fields.items():
+        section = SECTIONS.get(name, section)
+        if name not in NOT_FLAGS:
+            default = "" if info.is_required() or info.default is None else _written(info.default)
+            rows.append((section, name, _type_text(info.annotation), default, info.description or ""))
+    return rows
+
+
+class _Reader:
+    """One reading: what was found wrong and what was ignored on the way."""
+
+    def __init__(self, family: Callable[[str], Family] | None) -> None:
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+        self._family = family
+
+    def read(self, path: Path | None, flags: Sequence[str]) -> tuple[RunConfig, tuple[str, ...]]:
+        switches = {name for name, info in RunConfig.model_fields.items() if info.annotation is bool}
+        written = self._object(path) if path else {}
+        given = parse_flags(list(flags), switches, self.problems)
+        for name in set(given) & set(NOT_FLAGS):
+            self.problems.append(f"--{name}: only a file can hold it")
+            del given[name]
+        facts = self._facts(given.get(FAMILY_KEY) or _by_plain_name(written, FAMILY_KEY))
+        options = {option.name: option for option in facts.options} if facts else {}
+        where = path.name if path else "flags"
+        values = self._settle(written, RunConfig, CONFIG_KEYS, where, path.parent if path else None, options)
+        values |= self._settle(given, RunConfig, CONFIG_KEYS, "flags", None, options)
+        if facts:
+            values[FAMILY_KEY] = facts.name
+        values["family_options"] = self._options(values, options, where)
+        values["buckets"] = self._buckets(values, where, path)
+        values["prompts"] = self._prompts(values, where)
+        self._check_together(values, where)
+        config = self._validated(RunConfig, values, where)
+        if self.problems or config is None:
+            raise ConfigError(dict.fromkeys(self.problems))
+        return config, tuple(dict.fromkeys(self.notes))
+
+    # --- files and families ---
+
+    def _object(self, path: Path) -> dict[str, Any]:
+        value = self._document(path)
+        if value is not None and not isinstance(value, dict):
+            self.problems.append(f"{path.name}: it must hold an object of keys and values, not {_kind(value)}")
+        return value if isinstance(value, dict) else {}
+
+    def _document(self, path: Path) -> Any:
+        try:
+            return read_document(path)
+        except UserError as error:
+            self.problems.append(str(error))
+            return None
+
+    def _facts(self, name: object) -> Family | None:
+        if not isinstance(name, str) or self._family is None:
+            return None
+        try:
+            return self._family(name)
+        except UserError as error:
+            self.problems.append(f"{FAMILY_KEY}: {error}")
+            return None
+
+    # --- keys ---
+
+    def _settle(
+        self,
+        written: Mapping[str, Any],
+        model: type[BaseModel],
+        known: Mapping[str, Known],
+        where: str,
+        base: Path | None,
+        options: Mapping[str, Option] | None = None,
+    ) -> dict[str, Any]:
+        """The keys that are ours, under their own names, with paths resolved; all others are noted or refused."""
+        fields, values = model.model_fields, {}
+        for key, value in written.items():
+            name = _plain_name(str(key))
+            name = name if name in fields else RENAMED.get(name, name)
+            if name in fields and name != "family_options":
+                if name in values:
+                    self.problems.append(f"{where}: {name} is given twice, under two spellings; keep one")
+                values[name] = self._value(name, value, where)
+            elif options and name in options:
+                values[name] = value
+            elif name in known:
+                self._judge(name, value, known[name], where)
+            else:
+                self._unknown(name, [*fields, *(options or ())], known, where)
+        return {name: _resolved(name, value, fields, base) for name, value in values.items()}
+
+    def _value(self, name: str, value: Any, where: str) -> Any:
+        """A value as ours; one that only other tools have is replaced with a note, or refused."""
+        if value == "None" or value == "null":
+            return None
+        foreign = VALUES.get(name, {})
+        meant = foreign.get(value) if isinstance(value, (str, bool)) else None
+        if meant is None:
+            return value
+        if meant.instead is None:
+            self.problems.append(f"{where}: {name}: {value!r} cannot be used: {meant.why}")
+            return _Missing
+        if meant.why:
+            self.notes.append(f"{where}: {name}: {value!r}: {meant.why}")
+        return meant.instead
+
+    def _judge(self, name: str, value: Any, known: Known, where: str) -> None:
+        verdict = known.verdict(value)
+        if name == "lycoris_config" and isinstance(value, Mapping) and str(value.get("algo")) in UNMIRRORED:
+            verdict = "refused"
+        if verdict == "refused":
+            self.problems.append(f"{where}: {name}: {value!r} cannot be used: {known.why}")
+        elif verdict == "ignored":
+            self.notes.append(f"{where}: {name} is ignored: {known.why}")
+
+    def _unknown(self, name: str, ours: Iterable[str], known: Mapping[str, Known], where: str) -> None:
+        names = [n for n in ours if n != "family_options"]
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.6) or difflib.get_close_matches(
+            name, known, n=1, cutoff=0.8
+        )
+        hint = f"; did you mean {near[0]}?" if near else "; `slider train --keys` lists all keys"
+        self.problems.append(f"{where}: {name}: no such key{hint}")
+
+    def _options(self, values: dict[str, Any], options: Mapping[str, Option], where: str) -> dict[str, Any]:
+        """Take the family's own keys out of `values`, typed, with defaults for those that are not given."""
+        return {
+            name: self._option(option, values.pop(name), where) if name in values else option.default
+            for name, option in options.items()
+        }
+
+    def _option(self, option: Option, value: Any, where: str) -> Any:
+        typed = _typed(option.type, value)
+        if typed is None:
+            kind = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[option.type]
+            self.problems.append(f"{where}: {option.name}: {value!r} is not {kind}")
+        elif option.choices and typed not in option.choices:
+            self.problems.append(f"{where}: {option.name}: {value!r} is not one of {', '.join(map(str, option.choices))}")
+        return typed
+
+    # --- buckets ---
+
+    def _buckets(self, values: dict[str, Any], where: str, path: Path | None) -> list[BucketConfig]:
+        source, inline = values.pop("data_backend_config", None), values.pop("buckets", None)
+        if source is not None and inline:
+            self.problems.append(f"{where}: data_backend_config and buckets are both given; keep one")
+        if source is None and not inline:
+            return []
+        base = Path(str(source)).parent if source is not None else path.parent if path else None
+        name = Path(str(source)).name if source is not None else where
+        entries = self._document(Path(str(source))) if source is not None else inline
+        if entries is None:
+            return []
+        if not isinstance(entries, list):
+            self.problems.append(f"{name}: it must hold a list of buckets, not {_kind(entries)}")
+            return []
+        buckets = [self._bucket(entry, number, name, base, values) for number, entry in enumerate(entries, start=1)]
+        return [bucket for bucket in buckets if bucket is not None]
+
+    def _bucket(
+        self, entry: Any, number: int, where: str, base: Path | None, defaults: Mapping[str, Any]
+    ) -> BucketConfig | None:
+        if not isinstance(entry, dict):
+            self.problems.append(f"{where}: entry {number}: it must be an object of keys and values, not {_kind(entry)}")
+            return None
+        place = f"{where}: bucket {entry['id']!r}" if "id" in entry else f"{where}: entry {number}"
+        if entry.get("dataset_type") in CACHES:
+            self.notes.append(f"{place} is ignored: {ENTRY_KEYS['cache_dir'].why}")
+            return None
+        keys = {k: v for k, v in entry.items() if k not in REGULARISATION}
+        if len(keys) < len(entry):
+            self._regularisation(entry, place)
+        own = self._settle(keys, BucketConfig, ENTRY_KEYS, place, base)
+        inherited = {key: defaults[key] for key in INHERITED if defaults.get(key) is not None}
+        bucket: BucketConfig | None = self._validated(BucketConfig, inherited | own, place)
+        if bucket and bucket.caption_strategy == "instanceprompt" and not bucket.instance_prompt:
+            self.problems.append(f"{place}: caption_strategy instanceprompt needs an instance_prompt")
+        return bucket
+
+    def _regularisation(self, entry: Mapping[str, Any], place: str) -> None:
+        if any(_typed(bool, entry.get(key)) for key in REGULARISATION) and entry.get("slider_strength"):
+            self.problems.append(f"{place}: regularisation images are neutral here; take slider_strength out")
+
+    # --- prompts ---
+
+    def _prompts(self, values: dict[str, Any], where: str) -> list[PromptConfig]:
+        prompts = list(self._inline_prompts(values.pop("prompts", None), where))
+        library = values.pop("user_prompt_library", None)
+        if library is not None:
+            prompts += self.prompt_library(Path(str(library)))
+        text = values.pop("validation_prompt", None)
+        if text:
+            prompts.append(PromptConfig(name="validation", prompt=str(text)))
+        names = [p.name for p in prompts]
+        twins = sorted({name for name in names if names.count(name) > 1})
+        self.problems += [f"{where}: two prompts are named {name!r}; give each its own name" for name in twins]
+        return prompts
+
+    def _inline_prompts(self, entries: Any, where: str) -> Iterable[PromptConfig]:
+        if entries is None:
+            return
+        if not isinstance(entries, (list, tuple)):
+            self.problems.append(f"{where}: prompts: it must be a list, not {_kind(entries)}")
+            return
+        for number, entry in enumerate(entries, start=1):
+            found = self._validated(PromptConfig, entry, f"{where}: prompt {number}") if isinstance(entry, dict) else None
+            if found is not None:
+                yield found
+            elif not isinstance(entry, dict):
+                self.problems.append(f"{where}: prompt {number}: it must be an object of name and prompt, not {_kind(entry)}")
+
+    def prompt_library(self, path: Path) -> tuple[PromptConfig, ...]:
+        """The entries of a library file; what is wrong goes to `problems`."""
+        before = len(self.problems)
+        library = self._object(path)
+        if len(self.problems) == before and not library:
+            self.problems.append(f"{path.name}: it holds no prompt; write a name and a text")
+        entries = [self._prompt(str(name), value, path.name) for name, value in library.items()]
+        return tuple(entry for entry in entries if entry is not None)
+
+    def _prompt(self, name: str, value: Any, where: str) -> PromptConfig | None:
+        place = f"{where}: prompt {name!r}"
+        if not name.strip():
+            self.problems.append(f"{where}: a prompt has an empty name; give it one")
+            return None
+        if isinstance(value, str):
+            return PromptConfig(name=name.strip(), prompt=value)
+        if not isinstance(value, dict):
+            self.problems.append(f"{place}: it must be a text, or an object of prompt and adapter_strength, not {_kind(value)}")
+            return None
+        own = self._settle({k: v for k, v in value.items() if k != "name"}, PromptConfig, PROMPT_KEYS, place, None)
+        prompt: PromptConfig | None = self._validated(PromptConfig, own | {"name": name.strip()}, place)
+        return prompt
+
+    # --- checks ---
+
+    def _check_together(self, values: Mapping[str, Any], where: str) -> None:
+        """What no key can be blamed for alone."""
+        if not values["buckets"] and not self.problems:
+            self.problems.append(
+                f"{where}: there are no images: set data_backend_config to a JSON list of buckets, each with id, "
+                "instance_data_dir and slider_strength"
+            )
+        names = [bucket.id for bucket in values["buckets"]]
+        twins = sorted({name for name in names if names.count(name) > 1})
+        self.problems += [f"{where}: {names.count(t)} buckets have the id {t!r}; give each its own" for t in twins]
+        resume = values.get("resume_from_checkpoint")
+        if resume and resume != "latest" and not Path(str(resume)).is_dir():
+            self.problems.append(
+                f"{where}: resume_from_checkpoint: {resume} is no folder; write latest, or a checkpoint's folder"
+            )
+
+    def _validated(self, model: type[Any], values: Mapping[str, Any], where: str) -> Any:
+        given = {name: value for name, value in values.items() if value is not _Missing}
+        absent = {name for name, value in values.items() if value is _Missing}
+        try:
+            config = model.model_validate(given)
+        except ValidationError as error:
+            for problem in error.errors():
+                if problem["loc"] and problem["loc"][0] not in absent:
+                    self.problems.append(f"{where}: {_plain_words(problem, model)}")
+            return None
+        if isinstance(config, RunConfig) and config.lr_warmup_steps >= config.max_train_steps and config.lr_warmup_steps:
+            self.problems.append(
+                f"{where}: lr_warmup_steps: {config.lr_warmup_steps} is no less than max_train_steps {config.max_train_steps}"
+            )
+        return config
+
+
+class _Missing:
+    """Stands for a value that was refused already."""
+
+
+# --- Small helpers ----------------------------------------------------------------------------------------------------
+
+
+def _plain_name(key: str) -> str:
+    return key.strip().removeprefix("--").replace("-", "_")
+
+
+def _by_plain_name(written: Mapping[str, Any], name: str) -> Any:
+    return next((value for key, value in written.items() if _plain_name(str(key)) == name), None)
+
+
+def _resolved(name: str, value: Any, fields: Mapping[str, Any], base: Path | None) -> Any:
+    """A relative path as this module's docstring says."""
+    is_path = name in fields and Path in (fields[name].annotation, *get_args(fields[name].annotation))
+    is_path = is_path or name == "resume_from_checkpoint" or name == "pretrained_model_name_or_path"
+    if not is_path or not isinstance(value, str) or not value or value == "latest" or name == "output_dir":
+        return value
+    beside = (base / value).expanduser() if base is not None else None
+    if beside is not None and beside.exists():
+        return str(beside.resolve())
+    here = Path(value).expanduser()
+    return str(here.resolve()) if here.exists() or name == "instance_data_dir" else value
+
+
+def _typed(kind: type, value: Any) -> Any:
+    """A value of an option's type, from itself or from text; None if it is none."""
+    if kind is bool:
+        return value if isinstance(value, bool) else WORDS.get(str(value).lower())
+    if kind is str:
+        return value if isinstance(value, str) else None
+    if isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    if number - number != 0.0:  # infinite, or not a number
+        return None
+    return number if kind is float else int(number) if number == int(number) else None
+
+
+def _plain_words(problem: ErrorDetails, model: type[BaseModel]) -> str:
+    """One of pydantic's findings in plain English: which key, what was given, what is allowed."""
+    place = ".".join(str(part) for part in problem["loc"] if isinstance(part, (str, int)) and not _is_branch(part))
+    kind, given, context = problem["type"], problem["input"], problem.get("ctx", {})
+    if kind == "missing":
+        description = model.model_fields[str(problem["loc"][0])].description if problem["loc"] else ""
+        return f"{place}: it is missing ({description})"
+    wanted = {
+        "int_parsing": "is not a whole number", "int_type": "is not a whole number", "int_from_float": "is not a whole number",
+        "float_parsing": "is not a number", "float_type": "is not a number", "finite_number": "is not a finite number",
+        "bool_parsing": "is neither true nor false", "bool_type": "is neither true nor false",
+        "string_type": "is not text", "path_type": "is not a path", "string_too_short": "is empty",
+        "tuple_type": "is not a list",
+    }.get(kind)  # fmt: skip
+    if wanted is None and kind == "literal_error":
+        wanted = f"is not one of {context['expected']}".replace("'", "")
+    if wanted is None and "_than" in kind:
+        words = {"greater_than": "above", "greater_than_equal": "at least", "less_than": "below", "less_than_equal": "at most"}
+        wanted = f"is out of range; it must be {words[kind]} {next(iter(context.values()))}"
+    example = "; use e.g. 0.5 or -0.5" if place.endswith("strength") else ""
+    return f"{place}: {given!r} {wanted or problem['msg']}{example}"
+
+
+def _is_branch(part: str | int) -> bool:
+    """Whether a part of a place is pydantic's name for one side of a union."""
+    return isinstance(part, str) and ("[" in part or part in ("str", "float", "int"))
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "nothing"}
+    return kinds.get(type(value), "a number")
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
+
+
+def _type_text(annotation: Any) -> str:
+    """A type as people say it."""
+    parts = list(_leaves(annotation))
+    if choices := [part for part in parts if isinstance(part, str)]:
+        return " | ".join(choices)
+    words = {tuple: "list", bool: "true | false", Path: "path", float: "number", int: "whole number", str: "text"}
+    return next(word for kind, word in words.items() if kind in parts)
+
+
+def _leaves(annotation: Any) -> Iterable[Any]:
+    """The types, and the words of a Literal, that an annotation is made of."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        yield from _leaves(arguments[0])
+    elif origin is Literal:
+        yield from arguments
+    elif origin is tuple or not arguments:
+        yield origin or annotation
+    else:
+        for argument in arguments:
+            yield from _leaves(argument)
