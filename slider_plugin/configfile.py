@@ -1,7 +1,8 @@
 """Read a configuration: config.json, dataloader JSON, prompt library and flags, with every problem in one message.
 
 A relative path in a file means a place beside that file if there is one, else a place below the current directory; in a
-flag it means the current directory. `output_dir` always means the current directory.
+flag it means the current directory. `output_dir` always means the current directory. null is a key that is not given, except
+where a key may be empty.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from reprlib import Repr
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from slider_hooks import Family, Option
@@ -22,10 +25,13 @@ from slider_plugin.known_keys import (
     CACHES,
     CONFIG_KEYS,
     ENTRY_KEYS,
+    ENTRY_RENAMED,
     PROMPT_KEYS,
+    PROMPT_RENAMED,
     REGULARISATION,
     RENAMED,
     UNMIRRORED,
+    UNMIRRORED_SWITCHES,
     VALUES,
     Known,
 )
@@ -38,6 +44,19 @@ INHERITED = (
 
 NOT_FLAGS = ("buckets", "prompts", "family_options")
 FAMILY_KEY = "model_family"
+SPELLINGS: Mapping[type, Mapping[str, str]] = {RunConfig: RENAMED, BucketConfig: ENTRY_RENAMED, PromptConfig: PROMPT_RENAMED}
+SOURCES = {"data_backend_config": "buckets", "user_prompt_library": "prompts"}
+"""Keys that name a file, and the keys that hold the same in the configuration itself."""
+
+SHORT = Repr()
+SHORT.maxstring = SHORT.maxother = 80
+
+VALIDATION = "validation"
+"""Name of the prompt that `validation_prompt` becomes."""
+
+NAMES_OF_PLACES = ("resume_from_checkpoint", "pretrained_model_name_or_path", "lycoris_config")
+"""Keys that may be a path, besides those that always are."""
+
 WORDS = {"true": True, "false": False}
 
 
@@ -73,7 +92,8 @@ def to_json(config: RunConfig) -> dict[str, Any]:
     """The configuration as a JSON object that `read_config` reads back to the same; the family's options are plain keys."""
     values: dict[str, Any] = config.model_dump(mode="json")
     options = values.pop("family_options")
-    return {key: value for key, value in (values | options).items() if value is not None}
+    empty = {name for name, info in RunConfig.model_fields.items() if info.default is None}  # null says nothing new there
+    return {key: value for key, value in (values | options).items() if value is not None or key not in (empty | options.keys())}
 
 
 def key_help() -> list[tuple[str, str, str, str, str]]:
@@ -96,19 +116,22 @@ class _Reader:
         self._family = family
 
     def read(self, path: Path | None, flags: Sequence[str]) -> tuple[RunConfig, tuple[str, ...]]:
-        switches = {name for name, info in RunConfig.model_fields.items() if info.annotation is bool}
         written = self._object(path) if path else {}
+        named = parse_flags(list(flags), set(), []).get(FAMILY_KEY)  # a family's own switches are not known before
+        facts = self._facts(named or _by_plain_name(written, FAMILY_KEY))
+        options = {option.name: option for option in facts.options} if facts else {}
+        switches = {name for name, info in RunConfig.model_fields.items() if info.annotation is bool}
+        switches |= {option.name for option in options.values() if option.type is bool}
         given = parse_flags(list(flags), switches, self.problems)
         for name in set(given) & set(NOT_FLAGS):
             self.problems.append(f"--{name}: only a file can hold it")
             del given[name]
-        facts = self._facts(given.get(FAMILY_KEY) or _by_plain_name(written, FAMILY_KEY))
-        options = {option.name: option for option in facts.options} if facts else {}
         where = path.name if path else "flags"
         values = self._settle(written, RunConfig, CONFIG_KEYS, where, path.parent if path else None, options)
-        values |= self._settle(given, RunConfig, CONFIG_KEYS, "flags", None, options)
-        if facts:
-            values[FAMILY_KEY] = facts.name
+        values = self._overlaid(values, self._settle(given, RunConfig, CONFIG_KEYS, "flags", None, options))
+        self._check_mirror(written | given, path.parent if path else None)
+        if facts or isinstance(values.get(FAMILY_KEY), str):
+            values[FAMILY_KEY] = facts.name if facts else values[FAMILY_KEY].strip().lower().replace("-", "_")
         values["family_options"] = self._options(values, options, where)
         values["buckets"] = self._buckets(values, where, path)
         values["prompts"] = self._prompts(values, where)
@@ -117,6 +140,14 @@ class _Reader:
         if self.problems or config is None:
             raise ConfigError(dict.fromkeys(self.problems))
         return config, tuple(dict.fromkeys(self.notes))
+
+    def _overlaid(self, values: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+        """Flags win, also over what the file holds itself where a flag names another file or prompt."""
+        hidden = {inline for source, inline in SOURCES.items() if source in flags}
+        kept = {name: value for name, value in values.items() if name not in hidden}
+        if "validation_prompt" in flags and isinstance(kept.get("prompts"), list):
+            kept["prompts"] = [p for p in kept["prompts"] if not (isinstance(p, dict) and p.get("name") == VALIDATION)]
+        return {name: value for name, value in (kept | flags).items() if value is not _Missing}
 
     # --- files and families ---
 
@@ -131,7 +162,16 @@ class _Reader:
             return read_document(path)
         except UserError as error:
             self.problems.append(str(error))
-            return None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+            self.problems.append(f"{path}: {type(error).__name__}: {error}")
+        return None
+
+    def _file(self, name: Any, key: str, where: str) -> Path | None:
+        """The file that a key names, if there is one."""
+        if isinstance(name, str) and Path(name).is_file():
+            return Path(name)
+        self.problems.append(f"{where}: {key}: there is no file {name if isinstance(name, str) else _shown(name)}")
+        return None
 
     def _facts(self, name: object) -> Family | None:
         if not isinstance(name, str) or self._family is None:
@@ -157,18 +197,23 @@ class _Reader:
         fields, values = model.model_fields, {}
         for key, value in written.items():
             name = _plain_name(str(key))
-            name = name if name in fields else RENAMED.get(name, name)
+            name = name if name in fields else SPELLINGS[model].get(name, name)
             if name in fields and name != "family_options":
                 if name in values:
                     self.problems.append(f"{where}: {name} is given twice, under two spellings; keep one")
-                values[name] = self._value(name, value, where)
+                meant = self._value(name, value, where)
+                if meant == "" and _is_path(name, fields):
+                    meant = None if _may_be_null(fields[name]) else self._empty(name, where)
+                if meant is not None or _may_be_null(fields[name]):
+                    values[name] = meant
             elif options and name in options:
-                values[name] = value
+                if value is not None:
+                    values[name] = value
             elif name in known:
                 self._judge(name, value, known[name], where)
             else:
                 self._unknown(name, [*fields, *(options or ())], known, where)
-        return {name: _resolved(name, value, fields, base) for name, value in values.items()}
+        return {name: self._resolved(name, value, fields, base, where) for name, value in values.items()}
 
     def _value(self, name: str, value: Any, where: str) -> Any:
         """A value as ours; one that only other tools have is replaced with a note, or refused."""
@@ -179,20 +224,53 @@ class _Reader:
         if meant is None:
             return value
         if meant.instead is None:
-            self.problems.append(f"{where}: {name}: {value!r} cannot be used: {meant.why}")
+            self.problems.append(f"{where}: {name}: {_shown(value)} cannot be used: {meant.why}")
             return _Missing
         if meant.why:
             self.notes.append(f"{where}: {name}: {value!r}: {meant.why}")
         return meant.instead
 
+    def _resolved(self, name: str, value: Any, fields: Mapping[str, Any], base: Path | None, where: str) -> Any:
+        """A relative path as this module's docstring says."""
+        place = _is_path(name, fields) or name in NAMES_OF_PLACES
+        if not place or not isinstance(value, str) or not value or value == "latest":
+            return value
+        try:
+            if name == "output_dir":
+                return str(Path(value).expanduser())
+            found = _found(value, base)
+            return str(Path(found).resolve()) if name == "instance_data_dir" else found
+        except (OSError, RuntimeError, ValueError) as error:  # a name too long, an unknown ~user, a zero byte
+            self.problems.append(f"{where}: {name}: {_shown(value)} cannot be a path: {error}")
+            return _Missing
+
+    def _empty(self, name: str, where: str) -> Any:
+        self.problems.append(f"{where}: {name}: it is empty; write a path")
+        return _Missing
+
     def _judge(self, name: str, value: Any, known: Known, where: str) -> None:
         verdict = known.verdict(value)
-        if name == "lycoris_config" and isinstance(value, Mapping) and str(value.get("algo")) in UNMIRRORED:
-            verdict = "refused"
         if verdict == "refused":
-            self.problems.append(f"{where}: {name}: {value!r} cannot be used: {known.why}")
+            self.problems.append(f"{where}: {name}: {_shown(value)} cannot be used: {known.why}")
         elif verdict == "ignored":
             self.notes.append(f"{where}: {name} is ignored: {known.why}")
+
+    def _check_mirror(self, written: Mapping[str, Any], base: Path | None) -> None:
+        """A LyCORIS preset that could never become a slider is told why, besides that there is no LyCORIS yet."""
+        preset, where = _by_plain_name(written, "lycoris_config"), "lycoris_config"
+        if _by_plain_name(written, "lora_type") != "lycoris" or not preset:
+            return
+        if isinstance(preset, str):
+            path = Path(str(self._resolved(where, preset, {}, base, where)))
+            preset, where = (self._document(path) if path.is_file() else None), path.name
+        if not isinstance(preset, dict):
+            return
+        algo, mirror = str(preset.get("algo")).lower(), "a slider must mirror, so that -s is the opposite of +s"
+        if algo in UNMIRRORED:
+            self.problems.append(f"{where}: algo: {algo!r} cannot be used: {mirror}, and {UNMIRRORED[algo]}; use lora or lokr")
+        for key in UNMIRRORED_SWITCHES:
+            if _typed(bool, preset.get(key)):
+                self.problems.append(f"{where}: {key}: it cannot be used: {mirror}, and DoRA is not linear in its strength")
 
     def _unknown(self, name: str, ours: Iterable[str], known: Mapping[str, Known], where: str) -> None:
         names = [n for n in ours if n != "family_options"]
@@ -213,7 +291,7 @@ class _Reader:
         typed = _typed(option.type, value)
         if typed is None:
             kind = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[option.type]
-            self.problems.append(f"{where}: {option.name}: {value!r} is not {kind}")
+            self.problems.append(f"{where}: {option.name}: {_shown(value)} is not {kind}")
         elif option.choices and typed not in option.choices:
             self.problems.append(f"{where}: {option.name}: {value!r} is not one of {', '.join(map(str, option.choices))}")
         return typed
@@ -224,11 +302,10 @@ class _Reader:
         source, inline = values.pop("data_backend_config", None), values.pop("buckets", None)
         if source is not None and inline:
             self.problems.append(f"{where}: data_backend_config and buckets are both given; keep one")
-        if source is None and not inline:
-            return []
-        base = Path(str(source)).parent if source is not None else path.parent if path else None
-        name = Path(str(source)).name if source is not None else where
-        entries = self._document(Path(str(source))) if source is not None else inline
+        entries, name, base = inline or None, where, path.parent if path else None
+        if source is not None:
+            file = self._file(source, "data_backend_config", where)
+            entries, name, base = (self._document(file), file.name, file.parent) if file else (None, where, base)
         if entries is None:
             return []
         if not isinstance(entries, list):
@@ -243,9 +320,13 @@ class _Reader:
         if not isinstance(entry, dict):
             self.problems.append(f"{where}: entry {number}: it must be an object of keys and values, not {_kind(entry)}")
             return None
-        place = f"{where}: bucket {entry['id']!r}" if "id" in entry else f"{where}: entry {number}"
+        place = f"{where}: bucket {_shown(entry['id'])}" if "id" in entry else f"{where}: entry {number}"
         if entry.get("dataset_type") in CACHES:
             self.notes.append(f"{place} is ignored: {ENTRY_KEYS['cache_dir'].why}")
+            return None
+        foreign = any(ENTRY_KEYS[key].verdict(entry.get(key)) == "refused" for key in ("type", "dataset_type"))
+        if foreign and any(_typed(bool, entry.get(key)) for key in ("disabled", "disable")):
+            self.notes.append(f"{place} is ignored: it is disabled, and no image folder")
             return None
         keys = {k: v for k, v in entry.items() if k not in REGULARISATION}
         if len(keys) < len(entry):
@@ -258,29 +339,37 @@ class _Reader:
         return bucket
 
     def _regularisation(self, entry: Mapping[str, Any], place: str) -> None:
-        if any(_typed(bool, entry.get(key)) for key in REGULARISATION) and entry.get("slider_strength"):
-            self.problems.append(f"{place}: regularisation images are neutral here; take slider_strength out")
+        for key in REGULARISATION:
+            if _typed(bool, entry.get(key)) and _typed(float, entry.get("slider_strength")):
+                self.problems.append(f"{place}: {key}: such images are neutral here; take it or slider_strength out")
 
     # --- prompts ---
 
     def _prompts(self, values: dict[str, Any], where: str) -> list[PromptConfig]:
         prompts = list(self._inline_prompts(values.pop("prompts", None), where))
         library = values.pop("user_prompt_library", None)
-        if library is not None:
-            prompts += self.prompt_library(Path(str(library)))
-        text = values.pop("validation_prompt", None)
-        if text:
-            prompts.append(PromptConfig(name="validation", prompt=str(text)))
-        names = [p.name for p in prompts]
+        file = self._file(library, "user_prompt_library", where) if library is not None else None
+        prompts += self.prompt_library(file) if file else ()
+        text = values.get("validation_prompt")
+        if isinstance(text, str):
+            del values["validation_prompt"]
+        if text and isinstance(text, str):
+            prompts.append(PromptConfig(name=VALIDATION, prompt=text))
+        self._check_names([p.name for p in prompts], where)
+        return prompts
+
+    def _check_names(self, names: list[str], where: str) -> None:
         twins = sorted({name for name in names if names.count(name) > 1})
         self.problems += [f"{where}: two prompts are named {name!r}; give each its own name" for name in twins]
-        return prompts
 
     def _inline_prompts(self, entries: Any, where: str) -> Iterable[PromptConfig]:
         if entries is None:
             return
-        if not isinstance(entries, (list, tuple)):
-            self.problems.append(f"{where}: prompts: it must be a list, not {_kind(entries)}")
+        if isinstance(entries, dict):
+            yield from self._library(entries, f"{where}: prompts")
+            return
+        if not isinstance(entries, list):
+            self.problems.append(f"{where}: prompts: it must be an object of names and prompts, not {_kind(entries)}")
             return
         for number, entry in enumerate(entries, start=1):
             found = self._validated(PromptConfig, entry, f"{where}: prompt {number}") if isinstance(entry, dict) else None
@@ -295,7 +384,11 @@ class _Reader:
         library = self._object(path)
         if len(self.problems) == before and not library:
             self.problems.append(f"{path.name}: it holds no prompt; write a name and a text")
-        entries = [self._prompt(str(name), value, path.name) for name, value in library.items()]
+        return self._library(library, path.name)
+
+    def _library(self, library: Mapping[str, Any], where: str) -> tuple[PromptConfig, ...]:
+        self._check_names([str(name).strip() for name in library], where)
+        entries = [self._prompt(str(name), value, where) for name, value in library.items()]
         return tuple(entry for entry in entries if entry is not None)
 
     def _prompt(self, name: str, value: Any, where: str) -> PromptConfig | None:
@@ -308,6 +401,8 @@ class _Reader:
         if not isinstance(value, dict):
             self.problems.append(f"{place}: it must be a text, or an object of prompt and adapter_strength, not {_kind(value)}")
             return None
+        if "name" in value:
+            self.problems.append(f"{place}: name: take it out; a prompt's name is the key in front of it")
         own = self._settle({k: v for k, v in value.items() if k != "name"}, PromptConfig, PROMPT_KEYS, place, None)
         prompt: PromptConfig | None = self._validated(PromptConfig, own | {"name": name.strip()}, place)
         return prompt
@@ -325,7 +420,7 @@ class _Reader:
         twins = sorted({name for name in names if names.count(name) > 1})
         self.problems += [f"{where}: {names.count(t)} buckets have the id {t!r}; give each its own" for t in twins]
         resume = values.get("resume_from_checkpoint")
-        if resume and resume != "latest" and not Path(str(resume)).is_dir():
+        if isinstance(resume, str) and resume != "latest" and not Path(resume).is_dir():
             self.problems.append(
                 f"{where}: resume_from_checkpoint: {resume} is no folder; write latest, or a checkpoint's folder"
             )
@@ -336,9 +431,12 @@ class _Reader:
         try:
             config = model.model_validate(given)
         except ValidationError as error:
+            told: set[object] = set()
             for problem in error.errors():
-                if problem["loc"] and problem["loc"][0] not in absent:
+                key, side = problem["loc"][0], any(map(_is_branch, problem["loc"][1:]))
+                if key not in absent and not (side and key in told):  # a key of two types fails once for each
                     self.problems.append(f"{where}: {_plain_words(problem, model)}")
+                told.add(key)
             return None
         if isinstance(config, RunConfig) and config.lr_warmup_steps >= config.max_train_steps and config.lr_warmup_steps:
             self.problems.append(
@@ -362,17 +460,25 @@ def _by_plain_name(written: Mapping[str, Any], name: str) -> Any:
     return next((value for key, value in written.items() if _plain_name(str(key)) == name), None)
 
 
-def _resolved(name: str, value: Any, fields: Mapping[str, Any], base: Path | None) -> Any:
-    """A relative path as this module's docstring says."""
-    is_path = name in fields and Path in (fields[name].annotation, *get_args(fields[name].annotation))
-    is_path = is_path or name == "resume_from_checkpoint" or name == "pretrained_model_name_or_path"
-    if not is_path or not isinstance(value, str) or not value or value == "latest" or name == "output_dir":
-        return value
-    beside = (base / value).expanduser() if base is not None else None
-    if beside is not None and beside.exists():
-        return str(beside.resolve())
-    here = Path(value).expanduser()
-    return str(here.resolve()) if here.exists() or name == "instance_data_dir" else value
+def _found(text: str, base: Path | None) -> str:
+    """A path beside the file or below the current directory, whole; as written if it is at neither place."""
+    here = Path(text).expanduser()
+    beside = (base or Path()) / here
+    return next((str(path.resolve()) for path in (beside, here) if path.exists()), text)
+
+
+def _is_path(name: str, fields: Mapping[str, Any]) -> bool:
+    return name in fields and Path in (fields[name].annotation, *get_args(fields[name].annotation))
+
+
+def _may_be_null(info: FieldInfo) -> bool:
+    return type(None) in get_args(info.annotation)
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON spells it, at a length that fits a message."""
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else SHORT.repr(value)
 
 
 def _typed(kind: type, value: Any) -> Any:
@@ -412,7 +518,7 @@ def _plain_words(problem: ErrorDetails, model: type[BaseModel]) -> str:
         words = {"greater_than": "above", "greater_than_equal": "at least", "less_than": "below", "less_than_equal": "at most"}
         wanted = f"is out of range; it must be {words[kind]} {next(iter(context.values()))}"
     example = "; use e.g. 0.5 or -0.5" if place.endswith("strength") else ""
-    return f"{place}: {given!r} {wanted or problem['msg']}{example}"
+    return f"{place}: {_shown(given)} {wanted or problem['msg']}{example}"
 
 
 def _is_branch(part: str | int) -> bool:

@@ -13,7 +13,7 @@ from slider_plugin.registry import Plugins
 from slider_plugin.targets import TargetPlan, listed
 
 if TYPE_CHECKING:
-    from slider_plugin.registry import LoadedFamily
+    from slider_plugin.family import LoadedFamily
 
 GIB = 2**30
 

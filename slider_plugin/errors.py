@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from slider_hooks.errors import UserError
 
-class UserError(Exception):
-    """Something the user gave is wrong. The message says what, where and what to do next."""
+__all__ = ["ConfigError", "PluginError", "UserError"]
 
 
 class ConfigError(UserError):

@@ -6,6 +6,7 @@ temporary name, flushed to the disk and renamed. A killed run leaves at most a `
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -15,7 +16,6 @@ import secrets
 import shutil
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ _RESERVED = re.compile(r"con|prn|aux|nul|com[0-9]|lpt[0-9]")
 # --- Whole or not at all ----------------------------------------------------------------------------------------------
 
 
-@contextmanager
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; what is written there takes its place if the block succeeds.
 
@@ -51,7 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
     _flush_folder(path.parent)
 
 
-@contextmanager
+@contextlib.contextmanager
 def folder_replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; it is renamed to `path` if the block succeeds, and removed if it fails.
 
@@ -132,7 +132,7 @@ def safe_name(text: str, index: int | None = None) -> str:
     itself such a name loses what cannot stay and gains a hash of the whole. The index, if given, stands in front.
 
     >>> safe_name("portrait", 3), safe_name("A red cat!", 4)
-    ('03_portrait', '04_a-red-cat-9f3e03b1bb')
+    ('03_portrait', '04_a-red-cat-79377c0038')
     """
     keep = (
         _PLAIN.fullmatch(text)
@@ -155,6 +155,7 @@ def check_writable(folder: Path) -> None:
     """Raise UserError if `folder` cannot be written to, or made; leaves nothing behind."""
     try:
         existing = _nearest_existing(folder)
+        _check_names(existing, folder)
         if not existing.is_dir():
             what = "is a file" if existing.is_file() else "is not a folder"
             raise UserError(f"cannot write to {folder}: {existing} {what}; choose another folder")
@@ -169,6 +170,13 @@ def _nearest_existing(folder: Path) -> Path:
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     return place
+
+
+def _check_names(existing: Path, folder: Path) -> None:
+    """Raise what the system says to the folders that would have to be made, unless it is that they do not exist."""
+    for name in Path(os.path.abspath(folder)).relative_to(existing).parts:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            (existing / name).lstat()
 
 
 def _probe(folder: Path) -> None:

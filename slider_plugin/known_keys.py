@@ -37,7 +37,7 @@ class Known:
     def verdict(self, value: Any) -> Verdict:
         """What to do about this value."""
         plain = _plain(value)
-        if any(plain == _plain(same) for same in self.same):
+        if plain is None or any(plain == _plain(same) for same in self.same):  # null is a key that is not given
             return "same"
         at_default = plain == _plain(self.default) and not self.strict
         return "ignored" if at_default or not self.matters else "refused"
@@ -270,11 +270,14 @@ PROMPT_KEYS: Mapping[str, Known] = {
 RENAMED: Mapping[str, str] = {
     "checkpointing_steps": "checkpoint_step_interval",
     "validation_steps": "validation_step_interval",
-    "disable": "disabled",
-    "caption": "prompt",
-    "tags": "prompt",
 }
 """Other names of our own keys."""
+
+ENTRY_RENAMED: Mapping[str, str] = {"disable": "disabled"}
+"""Other names of a bucket's keys."""
+
+PROMPT_RENAMED: Mapping[str, str] = {"caption": "prompt", "tags": "prompt"}
+"""Other names of a prompt's keys."""
 
 _SAMPLED_CROP = Value("crops are square or keep the image's own aspect; write square or preserve")
 _COLUMNS = Value("captions come from file names, text files or instance_prompt; write filename, textfile or instanceprompt")
@@ -300,3 +303,6 @@ UNMIRRORED: Mapping[str, str] = {
     "diag-oft": "Diag-OFT is not linear in its strength",
 }
 """LyCORIS algorithms that cannot make a slider, whose -s must be the opposite of its +s."""
+
+UNMIRRORED_SWITCHES = ("dora_wd", "weight_decompose", "use_dora")
+"""Keys of a LyCORIS preset that turn an algorithm into a DoRA, which is not linear in its strength either."""

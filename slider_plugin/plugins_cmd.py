@@ -26,9 +26,10 @@ def as_json(rows: Sequence[PluginRow]) -> str:
 def render_table(rows: Sequence[PluginRow]) -> RenderableType:
     """A table for `rich.print`, with the reason below it for each plugin that cannot be used."""
     from rich.console import Group
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("name", "kind", "distribution", "target", "status", box=None, pad_edge=False, header_style="bold")
+    columns = [Column(header, overflow="fold") for header in ("name", "kind", "distribution", "target", "status")]
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for row in rows:
         source = f"{row.distribution} {row.version}"
         table.add_row(*map(_plain, (row.name, row.kind, source, row.target)), _plain(row.status, STYLES.get(row.status, "red")))

@@ -22,7 +22,7 @@ from slider_plugin.targets import TargetPlan, resolve_targets
 if TYPE_CHECKING:
     from torch.nn import Module
 
-    from slider_plugin.registry import LoadedFamily
+    from slider_plugin.family import LoadedFamily
 
 T = TypeVar("T")
 

@@ -29,9 +29,10 @@ from slider_plugin.training.watch import Metrics, interruptible
 from slider_plugin.validation.render import DrawSettings, render
 
 if TYPE_CHECKING:
-    from slider_plugin.registry import LoadedFamily
+    from slider_plugin.family import LoadedFamily
 
-IMAGES_AT_ONCE = 8  # of a validation
+PIXELS_AT_ONCE = 8 * 512 * 512
+"""Of the images of a validation that are drawn in one batch."""
 
 
 def open_machine(config: RunConfig) -> Accelerator:
@@ -267,7 +268,7 @@ def draw(
             steps=config.validation_num_inference_steps,
             guidance_scale=guidance,
             negative_prompt=config.validation_negative_prompt,
-            batch_size=IMAGES_AT_ONCE,
+            batch_size=max(1, PIXELS_AT_ONCE // (size[0] * size[1])),
         ),
     )
     console.say(f"validation: {rendered.contact_sheet or rendered.folder}")

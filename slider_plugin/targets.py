@@ -18,7 +18,7 @@ from slider_plugin.errors import UserError
 if TYPE_CHECKING:
     from torch.nn import Module
 
-    from slider_plugin.registry import LoadedFamily
+    from slider_plugin.family import LoadedFamily
 
 DOCUMENTED: tuple[str, ...] = (
     "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0",

@@ -22,6 +22,7 @@ package needs the standard library and pluggy alone, and a family module should 
 imported to read a configuration, before anything is loaded.
 """
 
+from slider_hooks.errors import UserError
 from slider_hooks.markers import ARCHITECTURES, CONTRACT, EXTENSIONS, PROJECT, hookimpl, hookspec
 from slider_hooks.types import (
     BucketInfo,
@@ -62,6 +63,7 @@ __all__ = [
     "Sampler",
     "TargetRequest",
     "Targets",
+    "UserError",
     "hookimpl",
     "hookspec",
     "one_minus_sigma",

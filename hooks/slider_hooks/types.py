@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from slider_hooks.markers import CONTRACT
-
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
@@ -114,10 +112,19 @@ class Option:
     """A configuration key of one family alone; the command line, the configuration file and the page read it."""
 
     name: str
+    """The key, in lower case with underscores; begin it with the family's name."""
+
     type: type[bool] | type[int] | type[float] | type[str]
+    """What its values are."""
+
     default: bool | int | float | str | None
+    """The value where the key is not given."""
+
     help: str
+    """One line for people."""
+
     choices: tuple[Any, ...] = ()
+    """The values that are allowed; empty for any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,8 +179,8 @@ class Family:
     tiny: Callable[[Path], None] | None = None
     """Write a tiny random pipeline folder, built from configs with real classes, for tests."""
 
-    contract: tuple[int, int] = CONTRACT
-    """The version of the contract that this module was written for."""
+    contract: tuple[int, int] = (1, 0)
+    """The version of the contract that this module was written for; whoever needs more than 1.0 states it."""
 
 
 # --- What hooks are asked, and what they answer -----------------------------------------------------------------------
@@ -196,7 +203,7 @@ class LoadRequest:
     """Variant of the weight files, such as `fp16`."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Values of the family's own options."""
+    """Values of the family's own options; the host fills in their defaults."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -207,10 +214,11 @@ class Components:
     """What is trained, in evaluation mode and frozen; adapters are injected into it in place."""
 
     pipeline: Any
-    """The diffusers pipeline (or an object with its call) around the same denoiser."""
+    """The diffusers pipeline (or an object with its call) around the same denoiser. The host calls its `to(device)` where it
+    has one, and the default `encode_images` and `encode_prompts` use its `vae` and its `encode_prompt`."""
 
     scheduler: Any
-    """The scheduler that the model was published with."""
+    """The scheduler that the model was published with. None will do for a flow family that states `Flow.shift`."""
 
     prediction: Literal["epsilon", "v_prediction", "flow"]
     """What the denoiser predicts, read from the loaded files."""

@@ -22,7 +22,7 @@ from slider_plugin.errors import UserError
 from slider_plugin.training.seeds import generator
 
 if TYPE_CHECKING:
-    from slider_plugin.registry import LoadedFamily
+    from slider_plugin.family import LoadedFamily
 
 T = TypeVar("T")
 

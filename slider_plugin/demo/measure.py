@@ -17,11 +17,11 @@ PROMPTS: tuple[tuple[str, str, str], ...] = (
     ("red", "circle", "mint"),
     ("blue", "square", "sand"),
     ("green", "triangle", "pink"),
-    ("orange", "diamond", "sky"),
-    ("purple", "star", "white"),
+    ("orange", "square", "sky"),
+    ("purple", "triangle", "white"),
     ("teal", "circle", "pink"),
-    ("red", "star", "sky"),
-    ("blue", "diamond", "white"),
+    ("red", "triangle", "sky"),
+    ("blue", "circle", "white"),
 )
 """Held-out (colour, shape, background): in no bucket."""
 

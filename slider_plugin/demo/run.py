@@ -172,8 +172,12 @@ def read_attributes(rendered: Rendered) -> dict[tuple[int, int], dict[float, mea
 
 
 def _pixels(path: Path) -> np.ndarray:
+    return np.asarray(_image(path), dtype=np.float32) / 255.0
+
+
+def _image(path: Path) -> Image.Image:
     with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"), dtype=np.float32) / 255.0
+        return image.convert("RGB")
 
 
 def write_strip(rendered: Rendered, path: Path) -> None:
@@ -181,8 +185,9 @@ def write_strip(rendered: Rendered, path: Path) -> None:
     rows = []
     for words in measure.PROMPTS[:STRIP_ROWS]:
         entry = PromptEntry(name="-".join(words), prompt=measure.prompt(*words))
-        images = [Image.open(rendered.images[Shot(entry, measure.SEEDS[0], s)]) for s in measure.STRENGTHS]
-        rows.append((entry.prompt, strips.strip(images, [strips.format_strength(s) for s in measure.STRENGTHS])))
+        images = [_image(rendered.images[Shot(entry, measure.SEEDS[0], s)]) for s in measure.STRENGTHS]
+        labels = [strips.format_strength(s) for s in measure.STRENGTHS]
+        rows.append((entry.prompt, strips.strip(images, labels, framed=False)))
     with replacing(path) as temporary:
         strips.contact_sheet(rows).save(temporary)
 

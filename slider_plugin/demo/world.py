@@ -16,7 +16,7 @@ import numpy as np
 RESOLUTION = 64  # pixels, both sides
 PALETTE_VALUE = 0.9  # the largest channel of every colour under full light
 
-SHAPES = ("circle", "square", "triangle", "diamond", "star")
+SHAPES = ("circle", "square", "triangle")
 COLOURS = {
     "red": (0.90, 0.10, 0.10),
     "green": (0.10, 0.90, 0.15),
@@ -81,13 +81,8 @@ def _polygon(shape: str) -> np.ndarray:
     """Vertices `(N, 2)` of a polygon whose area is pi, that of the unit circle."""
     if shape == "square":
         points = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)], dtype=np.float64)
-    elif shape == "diamond":
-        points = np.array([(0, -1.3), (1, 0), (0, 1.3), (-1, 0)], dtype=np.float64)
     elif shape == "triangle":
         points = np.array([(math.sin(a), -math.cos(a)) for a in (0, 2 * math.pi / 3, 4 * math.pi / 3)])
-    elif shape == "star":
-        angles = [math.pi * k / 5 for k in range(10)]
-        points = np.array([(math.sin(a) * r, -math.cos(a) * r) for a, r in zip(angles, [1, 0.5] * 5, strict=True)])
     else:
         raise ValueError(f"no such shape: {shape!r} (one of {', '.join(SHAPES)})")
     x, y = points.T

@@ -27,7 +27,7 @@ from slider_plugin.training.seeds import derived_seed, generator
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from slider_plugin.registry import LoadedFamily
+    from slider_plugin.family import LoadedFamily
 
 
 class NotFinite(UserError):

@@ -53,15 +53,17 @@ class Plan:
         return [(scale, tuple(shots)) for scale, shots in groups.items()]
 
     @property
+    def bases(self) -> tuple[Shot, ...]:
+        """The images at scale 0: one for every entry and seed, in their order."""
+        return tuple(shot for shot in self.shots if shot.scale == 0.0)
+
+    @property
     def sheet(self) -> tuple[Panel, ...]:
         """Rows of the contact sheet: the strips; without strengths the pairs, or the base image where there is no pair."""
         if self.strips:
             return self.strips
-        rows = {(panel.entry, panel.seed): panel for panel in self.pairs}
-        for shot in self.shots:
-            rows.setdefault((shot.entry, shot.seed), Panel(shot.entry, shot.seed, (shot,)))
-        order = dict.fromkeys((shot.entry, shot.seed) for shot in self.shots)
-        return tuple(rows[key] for key in order)
+        pairs = {(panel.entry, panel.seed): panel for panel in self.pairs}
+        return tuple(pairs.get((b.entry, b.seed)) or Panel(b.entry, b.seed, (b,)) for b in self.bases)
 
 
 def plan_validation(

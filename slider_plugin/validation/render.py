@@ -209,7 +209,7 @@ class _Files:
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         self.folder = folder
-        entries = dict.fromkeys(shot.entry for shot in plan.shots)
+        entries = dict.fromkeys(shot.entry for shot in plan.bases)
         self._names = {entry: safe_name(entry.name, number) for number, entry in enumerate(entries, start=1)}
 
     def image(self, shot: Shot) -> Path:
@@ -238,7 +238,7 @@ def _assemble(plan: Plan, files: _Files, step: int, settings: DrawSettings) -> R
     images = {shot: files.image(shot) for shot in plan.shots}
     pairs = tuple(_write_pair(panel, files) for panel in plan.pairs)
     written = tuple(_write_strip(panel, files) for panel in plan.strips)
-    several = len({shot.seed for shot in plan.shots}) > 1
+    several = len({shot.seed for shot in plan.bases}) > 1
     rows = [(_row_title(panel, several), strips.fit(_sheet_strip(panel, files))) for panel in plan.sheet]
     sheet = files.folder / "contact_sheet.png"
     _save(strips.contact_sheet(rows), sheet)
