@@ -149,7 +149,7 @@ def _read(path: Path | None, flags: list[str]) -> Any:
 
 
 def _print_keys() -> None:
-    from slider_plugin.configfile import key_help
+    from slider_plugin.wording import key_help
 
     section = ""
     for where, name, kind, default, text in key_help():

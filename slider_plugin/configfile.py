@@ -10,15 +10,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from reprlib import Repr
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 
 from slider_hooks import Family, Option
-from slider_plugin.config import SECTIONS, BucketConfig, PromptConfig, RunConfig
+from slider_plugin.config import BucketConfig, PromptConfig, RunConfig
 from slider_plugin.documents import parse_flags, read_document
 from slider_plugin.errors import ConfigError, UserError
 from slider_plugin.known_keys import (
@@ -35,6 +33,7 @@ from slider_plugin.known_keys import (
     VALUES,
     Known,
 )
+from slider_plugin.wording import NOT_FLAGS, is_branch, kind_of, plain_words, shown
 
 INHERITED = (
     "resolution", "resolution_type", "caption_strategy", "instance_prompt",
@@ -42,14 +41,11 @@ INHERITED = (
 )  # fmt: skip
 """Keys of the configuration that are the defaults of every bucket."""
 
-NOT_FLAGS = ("buckets", "prompts", "family_options")
 FAMILY_KEY = "model_family"
 SPELLINGS: Mapping[type, Mapping[str, str]] = {RunConfig: RENAMED, BucketConfig: ENTRY_RENAMED, PromptConfig: PROMPT_RENAMED}
 SOURCES = {"data_backend_config": "buckets", "user_prompt_library": "prompts"}
 """Keys that name a file, and the keys that hold the same in the configuration itself."""
 
-SHORT = Repr()
-SHORT.maxstring = SHORT.maxother = 80
 
 VALIDATION = "validation"
 """Name of the prompt that `validation_prompt` becomes."""
@@ -94,17 +90,6 @@ def to_json(config: RunConfig) -> dict[str, Any]:
     options = values.pop("family_options")
     empty = {name for name, info in RunConfig.model_fields.items() if info.default is None}  # null says nothing new there
     return {key: value for key, value in (values | options).items() if value is not None or key not in (empty | options.keys())}
-
-
-def key_help() -> list[tuple[str, str, str, str, str]]:
-    """(section, key, type, default, help) of every key that is also a flag."""
-    rows, section = [], ""
-    for name, info in RunConfig.model_fields.items():
-        section = SECTIONS.get(name, section)
-        if name not in NOT_FLAGS:
-            default = "" if info.is_required() or info.default is None else _written(info.default)
-            rows.append((section, name, _type_text(info.annotation), default, info.description or ""))
-    return rows
 
 
 class _Reader:
@@ -154,7 +139,7 @@ class _Reader:
     def _object(self, path: Path) -> dict[str, Any]:
         value = self._document(path)
         if value is not None and not isinstance(value, dict):
-            self.problems.append(f"{path.name}: it must hold an object of keys and values, not {_kind(value)}")
+            self.problems.append(f"{path.name}: it must hold an object of keys and values, not {kind_of(value)}")
         return value if isinstance(value, dict) else {}
 
     def _document(self, path: Path) -> Any:
@@ -170,7 +155,7 @@ class _Reader:
         """The file that a key names, if there is one."""
         if isinstance(name, str) and Path(name).is_file():
             return Path(name)
-        self.problems.append(f"{where}: {key}: there is no file {name if isinstance(name, str) else _shown(name)}")
+        self.problems.append(f"{where}: {key}: there is no file {name if isinstance(name, str) else shown(name)}")
         return None
 
     def _facts(self, name: object) -> Family | None:
@@ -224,7 +209,7 @@ class _Reader:
         if meant is None:
             return value
         if meant.instead is None:
-            self.problems.append(f"{where}: {name}: {_shown(value)} cannot be used: {meant.why}")
+            self.problems.append(f"{where}: {name}: {shown(value)} cannot be used: {meant.why}")
             return _Missing
         if meant.why:
             self.notes.append(f"{where}: {name}: {value!r}: {meant.why}")
@@ -241,7 +226,7 @@ class _Reader:
             found = _found(value, base)
             return str(Path(found).resolve()) if name == "instance_data_dir" else found
         except (OSError, RuntimeError, ValueError) as error:  # a name too long, an unknown ~user, a zero byte
-            self.problems.append(f"{where}: {name}: {_shown(value)} cannot be a path: {error}")
+            self.problems.append(f"{where}: {name}: {shown(value)} cannot be a path: {error}")
             return _Missing
 
     def _empty(self, name: str, where: str) -> Any:
@@ -251,7 +236,7 @@ class _Reader:
     def _judge(self, name: str, value: Any, known: Known, where: str) -> None:
         verdict = known.verdict(value)
         if verdict == "refused":
-            self.problems.append(f"{where}: {name}: {_shown(value)} cannot be used: {known.why}")
+            self.problems.append(f"{where}: {name}: {shown(value)} cannot be used: {known.why}")
         elif verdict == "ignored":
             self.notes.append(f"{where}: {name} is ignored: {known.why}")
 
@@ -291,7 +276,7 @@ class _Reader:
         typed = _typed(option.type, value)
         if typed is None:
             kind = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[option.type]
-            self.problems.append(f"{where}: {option.name}: {_shown(value)} is not {kind}")
+            self.problems.append(f"{where}: {option.name}: {shown(value)} is not {kind}")
         elif option.choices and typed not in option.choices:
             self.problems.append(f"{where}: {option.name}: {value!r} is not one of {', '.join(map(str, option.choices))}")
         return typed
@@ -309,7 +294,7 @@ class _Reader:
         if entries is None:
             return []
         if not isinstance(entries, list):
-            self.problems.append(f"{name}: it must hold a list of buckets, not {_kind(entries)}")
+            self.problems.append(f"{name}: it must hold a list of buckets, not {kind_of(entries)}")
             return []
         buckets = [self._bucket(entry, number, name, base, values) for number, entry in enumerate(entries, start=1)]
         return [bucket for bucket in buckets if bucket is not None]
@@ -318,9 +303,9 @@ class _Reader:
         self, entry: Any, number: int, where: str, base: Path | None, defaults: Mapping[str, Any]
     ) -> BucketConfig | None:
         if not isinstance(entry, dict):
-            self.problems.append(f"{where}: entry {number}: it must be an object of keys and values, not {_kind(entry)}")
+            self.problems.append(f"{where}: entry {number}: it must be an object of keys and values, not {kind_of(entry)}")
             return None
-        place = f"{where}: bucket {_shown(entry['id'])}" if "id" in entry else f"{where}: entry {number}"
+        place = f"{where}: bucket {shown(entry['id'])}" if "id" in entry else f"{where}: entry {number}"
         if entry.get("dataset_type") in CACHES:
             self.notes.append(f"{place} is ignored: {ENTRY_KEYS['cache_dir'].why}")
             return None
@@ -369,14 +354,14 @@ class _Reader:
             yield from self._library(entries, f"{where}: prompts")
             return
         if not isinstance(entries, list):
-            self.problems.append(f"{where}: prompts: it must be an object of names and prompts, not {_kind(entries)}")
+            self.problems.append(f"{where}: prompts: it must be an object of names and prompts, not {kind_of(entries)}")
             return
         for number, entry in enumerate(entries, start=1):
             found = self._validated(PromptConfig, entry, f"{where}: prompt {number}") if isinstance(entry, dict) else None
             if found is not None:
                 yield found
             elif not isinstance(entry, dict):
-                self.problems.append(f"{where}: prompt {number}: it must be an object of name and prompt, not {_kind(entry)}")
+                self.problems.append(f"{where}: prompt {number}: it must be an object of name and prompt, not {kind_of(entry)}")
 
     def prompt_library(self, path: Path) -> tuple[PromptConfig, ...]:
         """The entries of a library file; what is wrong goes to `problems`."""
@@ -399,7 +384,9 @@ class _Reader:
         if isinstance(value, str):
             return PromptConfig(name=name.strip(), prompt=value)
         if not isinstance(value, dict):
-            self.problems.append(f"{place}: it must be a text, or an object of prompt and adapter_strength, not {_kind(value)}")
+            self.problems.append(
+                f"{place}: it must be a text, or an object of prompt and adapter_strength, not {kind_of(value)}"
+            )
             return None
         if "name" in value:
             self.problems.append(f"{place}: name: take it out; a prompt's name is the key in front of it")
@@ -433,9 +420,9 @@ class _Reader:
         except ValidationError as error:
             told: set[object] = set()
             for problem in error.errors():
-                key, side = problem["loc"][0], any(map(_is_branch, problem["loc"][1:]))
+                key, side = problem["loc"][0], any(map(is_branch, problem["loc"][1:]))
                 if key not in absent and not (side and key in told):  # a key of two types fails once for each
-                    self.problems.append(f"{where}: {_plain_words(problem, model)}")
+                    self.problems.append(f"{where}: {plain_words(problem, model)}")
                 told.add(key)
             return None
         if isinstance(config, RunConfig) and config.lr_warmup_steps >= config.max_train_steps and config.lr_warmup_steps:
@@ -475,12 +462,6 @@ def _may_be_null(info: FieldInfo) -> bool:
     return type(None) in get_args(info.annotation)
 
 
-def _shown(value: Any) -> str:
-    """A value as JSON spells it, at a length that fits a message."""
-    words = {None: "null", True: "true", False: "false"}
-    return words[value] if value is None or isinstance(value, bool) else SHORT.repr(value)
-
-
 def _typed(kind: type, value: Any) -> Any:
     """A value of an option's type, from itself or from text; None if it is none."""
     if kind is bool:
@@ -496,65 +477,3 @@ def _typed(kind: type, value: Any) -> Any:
     if number - number != 0.0:  # infinite, or not a number
         return None
     return number if kind is float else int(number) if number == int(number) else None
-
-
-def _plain_words(problem: ErrorDetails, model: type[BaseModel]) -> str:
-    """One of pydantic's findings in plain English: which key, what was given, what is allowed."""
-    place = ".".join(str(part) for part in problem["loc"] if isinstance(part, (str, int)) and not _is_branch(part))
-    kind, given, context = problem["type"], problem["input"], problem.get("ctx", {})
-    if kind == "missing":
-        description = model.model_fields[str(problem["loc"][0])].description if problem["loc"] else ""
-        return f"{place}: it is missing ({description})"
-    wanted = {
-        "int_parsing": "is not a whole number", "int_type": "is not a whole number", "int_from_float": "is not a whole number",
-        "float_parsing": "is not a number", "float_type": "is not a number", "finite_number": "is not a finite number",
-        "bool_parsing": "is neither true nor false", "bool_type": "is neither true nor false",
-        "string_type": "is not text", "path_type": "is not a path", "string_too_short": "is empty",
-        "tuple_type": "is not a list",
-    }.get(kind)  # fmt: skip
-    if wanted is None and kind == "literal_error":
-        wanted = f"is not one of {context['expected']}".replace("'", "")
-    if wanted is None and "_than" in kind:
-        words = {"greater_than": "above", "greater_than_equal": "at least", "less_than": "below", "less_than_equal": "at most"}
-        wanted = f"is out of range; it must be {words[kind]} {next(iter(context.values()))}"
-    example = "; use e.g. 0.5 or -0.5" if place.endswith("strength") else ""
-    return f"{place}: {_shown(given)} {wanted or problem['msg']}{example}"
-
-
-def _is_branch(part: str | int) -> bool:
-    """Whether a part of a place is pydantic's name for one side of a union."""
-    return isinstance(part, str) and ("[" in part or part in ("str", "float", "int"))
-
-
-def _kind(value: Any) -> str:
-    kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "nothing"}
-    return kinds.get(type(value), "a number")
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
-
-
-def _type_text(annotation: Any) -> str:
-    """A type as people say it."""
-    parts = list(_leaves(annotation))
-    if choices := [part for part in parts if isinstance(part, str)]:
-        return " | ".join(choices)
-    words = {tuple: "list", bool: "true | false", Path: "path", float: "number", int: "whole number", str: "text"}
-    return next(word for kind, word in words.items() if kind in parts)
-
-
-def _leaves(annotation: Any) -> Iterable[Any]:
-    """The types, and the words of a Literal, that an annotation is made of."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        yield from _leaves(arguments[0])
-    elif origin is Literal:
-        yield from arguments
-    elif origin is tuple or not arguments:
-        yield origin or annotation
-    else:
-        for argument in arguments:
-            yield from _leaves(argument)

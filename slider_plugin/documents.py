@@ -76,9 +76,9 @@ def _yaml(text: str, path: Path) -> Any:
             pairs = [(str(self.construct_object(k, deep=True)), self.construct_object(v, deep=True)) for k, v in node.value]
             return _without_twins(pairs, path)
 
-    if text.count("*") and text.count("&"):
-        raise UserError(f"{path}: anchors and aliases are not read; write the value out")
     try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise UserError(f"{path}: aliases are not read; write the value out")
         return Loader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark

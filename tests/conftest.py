@@ -71,6 +71,12 @@ def draw_images(folder: Path, count: int, light: int, size: tuple[int, int] = (4
 
 
 @pytest.fixture
+def image_folder() -> Callable[..., Path]:
+    """`draw_images`, for tests in other files."""
+    return draw_images
+
+
+@pytest.fixture
 def project(tmp_path: Path, tiny_folders: Callable[[str], Path]) -> Callable[..., Path]:
     """Write a small training project; returns its config.json. Keyword arguments are keys of it."""
 

@@ -107,7 +107,7 @@ def inpainting_model(config: dict[str, Any], root: Path) -> str:
     denoiser = folder / "unet" / "config.json"
     denoiser.write_text(json.dumps(json.loads(denoiser.read_text()) | {"in_channels": 9}))
     config["pretrained_model_name_or_path"] = str(folder)
-    return "in_channels is 9 instead of 4"
+    return "in_channels is 9 instead of 4 or 16"
 
 
 def unknown_key(config: dict[str, Any], root: Path) -> str:

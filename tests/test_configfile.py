@@ -14,9 +14,10 @@ import pytest
 
 from slider_hooks import Family, Flow, Option
 from slider_plugin.config import BucketConfig, RunConfig
-from slider_plugin.configfile import key_help, read_config, read_prompts, to_json
+from slider_plugin.configfile import read_config, read_prompts, to_json
 from slider_plugin.errors import ConfigError, UserError
 from slider_plugin.known_keys import CONFIG_KEYS, ENTRY_KEYS, PROMPT_KEYS, VALUES
+from slider_plugin.wording import key_help
 
 FACTS = Family(
     name="z_image",

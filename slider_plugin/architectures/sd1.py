@@ -61,7 +61,7 @@ FAMILY = Family(
         standard=r"(.*\.)?attn[12]\.(to_q|to_k|to_v|to_out\.0)",
     ),
     expects={
-        "in_channels": (4,),  # 9 is an inpainting model
+        "in_channels": (4, 16),  # 16 with an autoencoder of 16 channels; 9 is an inpainting model
         "addition_embed_type": (None,),  # "text_time" is SDXL
         "encoder_hid_dim_type": (None,),
         "only_cross_attention": (False, None),  # attn1 would attend to text

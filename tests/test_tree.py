@@ -1,0 +1,95 @@
+"""Rules about the source tree itself."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HOST = [p for p in (ROOT / "slider_plugin").rglob("*.py") if "architectures" not in p.parts]
+FAMILIES = [p for p in (ROOT / "slider_plugin" / "architectures").glob("*.py") if p.name != "__init__.py"]
+HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "lycoris", "safetensors"}
+
+
+def imports(path: Path, top_level: bool = False) -> set[str]:
+    """Names of imported modules; with `top_level` only those that importing the file imports."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level else list(ast.walk(tree))
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def test_no_family_is_named_outside_its_file() -> None:
+    """The demo names the families that it has fixtures for, and nothing else does."""
+    names = "|".join(p.stem for p in FAMILIES)
+    offenders = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in HOST
+        if "demo" not in path.parts and path.name != "cli.py"
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if re.search(rf"[\"']({names})[\"']", line) or re.search(r"family\s*(==|!=|in)\s*[\[(\"']", line)
+    ]
+    assert not offenders
+
+
+@pytest.mark.parametrize("path", FAMILIES, ids=lambda p: p.stem)
+def test_families_import_lightly_and_only_what_third_parties_may(path: Path) -> None:
+    assert not {name.split(".")[0] for name in imports(path, top_level=True)} & HEAVY
+    own = {name for name in imports(path) if name.startswith("slider_plugin")}
+    assert own <= {"slider_plugin.testing.tiny"}
+
+
+def test_the_contract_imports_pluggy_and_the_standard_library_alone() -> None:
+    allowed = set(sys.stdlib_module_names) | {"pluggy", "slider_hooks"}
+    for path in (ROOT / "hooks" / "slider_hooks").glob("*.py"):
+        assert {name.split(".")[0] for name in imports(path, top_level=True)} <= allowed, path
+
+
+def test_importing_a_family_needs_no_torch() -> None:
+    script = (
+        "import sys; sys.modules.update(dict.fromkeys(('torch', 'diffusers', 'peft', 'transformers')))\n"
+        "from slider_plugin.registry import Plugins\n"
+        "plugins = Plugins.discover()\n"
+        "print([plugins.facts(name).title for name in plugins.families()])"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "Z-Image" in result.stdout
+
+
+def test_no_pickle_anywhere() -> None:
+    for path in (ROOT / "slider_plugin").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"\bpickle\.|torch\.(save|load)\(|weights_only=False", text), path
+
+
+def test_readme_names_the_two_commands_that_ci_runs() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    command = re.search(r"^pip install .*pytest$", readme, re.MULTILINE)
+    assert command
+    assert command[0].removeprefix("pip install ") in ci
+
+
+def test_readme_s_json_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from slider_plugin.configfile import read_config
+    from slider_plugin.registry import Plugins
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    buckets, config = re.findall(r"```json\n(.*?)```", readme, re.DOTALL)
+    (tmp_path / "buckets.json").write_text(buckets)
+    (tmp_path / "config.json").write_text(config)
+    monkeypatch.chdir(tmp_path)
+    parsed, notes = read_config(Path("config.json"), (), Plugins.discover().facts)
+    assert [b.slider_strength for b in parsed.buckets] == [0.5, -0.5, 0.0]
+    assert not notes
