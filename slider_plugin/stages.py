@@ -12,12 +12,13 @@ from accelerate.utils import ProjectConfiguration
 
 from slider_hooks import Components, LoadRequest, PromptEntry, Sampler
 from slider_plugin import console
+from slider_plugin.adapterfile import read_adapter
 from slider_plugin.adapters.peft_lora import LoraAdapter
 from slider_plugin.config import RunConfig
 from slider_plugin.configfile import to_json
 from slider_plugin.data.encode import Encoded, encode_once
 from slider_plugin.errors import UserError
-from slider_plugin.export import export_diffusers, read_adapter, slider_metadata
+from slider_plugin.export import export_diffusers, slider_metadata
 from slider_plugin.files import write_json
 from slider_plugin.preflight import EXPORTED, Preflight, model_of, target_request
 from slider_plugin.targets import TargetPlan, resolve_targets

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from slider_plugin import run
+from slider_plugin.adapterfile import read_adapter
 from slider_plugin.configfile import read_config
-from slider_plugin.export import read_adapter
 from slider_plugin.registry import Plugins
 
 PLAIN_DIFFUSERS = """

@@ -15,8 +15,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from slider_plugin import export
+from slider_plugin.adapterfile import read_adapter
 from slider_plugin.errors import UserError
-from slider_plugin.export import ExportError, export_diffusers, read_adapter, slider_metadata
+from slider_plugin.export import ExportError, export_diffusers, slider_metadata
 
 RANK = 4
 MODULES = {
