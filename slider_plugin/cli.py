@@ -24,9 +24,9 @@ app = typer.Typer(
 plugins_app = typer.Typer(help="Model families and extensions.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(plugins_app, name="plugins")
 
-# A file and flags of every key: `slider train config.json --learning_rate 1e-4`.
+# A file, then flags of every key: `slider train config.json --learning_rate 1e-4`. All of it is read by `configfile`: to the
+# command line's own parser the value of an unknown flag would look like the file.
 ANY_KEY = {"allow_extra_args": True, "ignore_unknown_options": True}
-ConfigFile = Annotated[Path | None, typer.Argument(help="JSON or YAML; every key is also a flag", show_default=False)]
 
 
 def main() -> None:
@@ -62,14 +62,13 @@ def _is_usage_error(error: Exception) -> bool:
 @app.command(context_settings=ANY_KEY)
 def train(
     context: typer.Context,
-    config: ConfigFile = None,
     keys: Annotated[bool, typer.Option("--keys", help="List every key with its default and stop")] = False,
 ) -> int:
-    """Train a slider: `slider train config.json [--key value ...]`."""
+    """Train a slider: `[CONFIG] [--key value ...]`, where CONFIG is JSON or YAML and every key is also a flag."""
     if keys:
         _print_keys()
         return 0
-    run_config = _read(config, context.args)
+    run_config = _read(context.args)
     from slider_plugin import run
 
     outcome = run.train(run_config)
@@ -81,9 +80,9 @@ def train(
 
 
 @app.command(context_settings=ANY_KEY)
-def doctor(context: typer.Context, config: ConfigFile = None) -> None:
-    """Check a configuration and print what a run would do; trains nothing, writes nothing."""
-    run_config = _read(config, context.args)
+def doctor(context: typer.Context) -> None:
+    """Check `[CONFIG] [--key value ...]` and print what a run would do; trains nothing, writes nothing."""
+    run_config = _read(context.args)
     from slider_plugin.doctor import examine
 
     console.out.print(examine(run_config))
@@ -92,12 +91,11 @@ def doctor(context: typer.Context, config: ConfigFile = None) -> None:
 @app.command(context_settings=ANY_KEY)
 def validate(
     context: typer.Context,
-    config: ConfigFile = None,
     adapter: Annotated[Path | None, typer.Option(help="Slider file; the run's own slider.safetensors by default")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the images; `validation` in output_dir by default")] = None,
 ) -> None:
-    """Draw a finished slider: each prompt at its own strength and at 0, and a strip over all strengths."""
-    run_config = _read(config, context.args)
+    """Draw a finished slider, `[CONFIG] [--key value ...]`: each prompt at its own strength and at 0, and a strip."""
+    run_config = _read(context.args)
     from slider_plugin import run
 
     adapter = adapter or run_config.output_dir / "slider.safetensors"
@@ -135,13 +133,15 @@ def plugins_list(
         console.out.print(plugins_cmd.render_table(rows))
 
 
-def _read(path: Path | None, flags: list[str]) -> Any:
-    """The configuration, with its notes said."""
+def _read(arguments: list[str]) -> Any:
+    """The configuration of `[CONFIG] [--key value ...]`, with its notes said."""
     from slider_plugin.configfile import read_config
     from slider_plugin.registry import Plugins
 
     plugins = Plugins.discover()
-    config, notes = read_config(path, flags, plugins.facts)
+    has_file = bool(arguments) and not arguments[0].startswith("--")
+    path = Path(arguments[0]) if has_file else None
+    config, notes = read_config(path, arguments[1:] if has_file else arguments, plugins.facts)
     for line in notes:
         console.say(line)
     _quiet_libraries()

@@ -101,7 +101,9 @@ def parse_flags(flags: list[str], switches: set[str], problems: list[str]) -> di
     while rest:
         flag = rest.pop(0)
         if not flag.startswith("--") or len(flag) < 3:
-            problems.append(f"{flag!r} on the command line belongs to no key; flags are written --key value")
+            problems.append(
+                f"{flag!r} on the command line belongs to no key; the configuration file comes first, and flags are written --key value"
+            )
             continue
         name, equals, value = flag[2:].partition("=")
         name = name.replace("-", "_")

@@ -41,8 +41,8 @@ def train(config: RunConfig) -> Outcome:
     sampler = family.build_sampler(data.infos(), config.seed, config.data_backend_sampling, checked.neutral_scale)
     trainer = stages.build_trainer(config, family, components, adapter, data, sampler, checked, machine)
     finished, seconds = stages.run(config, trainer, checked)
-    images = stages.validate(config, family, components, adapter, checked, trainer.step) if finished else None
     exported = stages.export(config, family, adapter, targets, checked, trainer.step) if finished else None
+    images = stages.validate(config, family, components, adapter, checked, trainer.step) if finished else None
     return Outcome(finished, exported, images, trainer.step, seconds)
 
 

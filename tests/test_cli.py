@@ -252,6 +252,20 @@ def test_warnings_come_before_training(project: Project, tmp_path: Path, capsys:
     assert err.index("one-sided") < err.index("training")
 
 
+def test_a_run_needs_no_file(project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads(project("sd1", validation_strengths=[-1, 0]).read_text()) | {
+        "data_backend_config": str(tmp_path / "buckets.json")
+    }
+    del config["validation_strengths"]
+    flags = [
+        part for key, value in config.items() for part in (f"--{key}", str(value).lower() if value is True else str(value))
+    ]
+    assert execute(["doctor", *flags, "--validation_strengths", "-1,0"]) == 0
+    assert "28 modules" in capsys.readouterr().out
+    assert execute(["doctor", "--strict", "true", str(tmp_path / "config.json")]) == 2
+    assert "the configuration file comes first" in " ".join(capsys.readouterr().err.split())
+
+
 def test_unknown_options_and_commands_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert execute(["plugins", "list", "--nonsense"]) == 2
     assert execute(["trian"]) == 2
