@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 
 from slider_plugin.errors import UserError
 
+ORDER = "the configuration file comes first, and flags are written --key value"
+
 LARGEST = 4 * 2**20
 """Bytes of a document; a configuration of more is no configuration."""
 
@@ -101,9 +103,7 @@ def parse_flags(flags: list[str], switches: set[str], problems: list[str]) -> di
     while rest:
         flag = rest.pop(0)
         if not flag.startswith("--") or len(flag) < 3:
-            problems.append(
-                f"{flag!r} on the command line belongs to no key; the configuration file comes first, and flags are written --key value"
-            )
+            problems.append(f"{flag!r} on the command line belongs to no key; {ORDER}")
             continue
         name, equals, value = flag[2:].partition("=")
         name = name.replace("-", "_")
