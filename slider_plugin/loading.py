@@ -87,7 +87,7 @@ def load_pipeline_components(family: Family, request: LoadRequest) -> Components
     try:
         pipeline = pipeline_class.from_pretrained(
             request.model,
-            torch_dtype=request.dtype,  # diffusers before 0.42 does not know `dtype`
+            dtype=request.dtype,
             use_safetensors=True,
             revision=request.revision,
             variant=request.variant,

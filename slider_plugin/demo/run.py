@@ -29,8 +29,8 @@ from slider_plugin.validation.plan import Shot
 from slider_plugin.validation.render import DrawSettings, Rendered, render
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "sd1": {"learning_rate": 2e-3, "max_train_steps": 150},
-    "z_image": {"learning_rate": 2e-3, "max_train_steps": 150},
+    "sd1": {"learning_rate": 2e-3, "max_train_steps": 120},
+    "z_image": {"learning_rate": 2e-3, "max_train_steps": 120},
 }
 """What is right for models of three million parameters; a published model wants the defaults."""
 
@@ -38,6 +38,7 @@ COMMON = {
     "slider_lora_target": True,
     "lora_rank": 8,
     "train_batch_size": 6,
+    "gradient_accumulation_steps": 3,
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 10,
     "mixed_precision": "no",
@@ -89,7 +90,9 @@ def demonstrate(family: str, concept: str, steps: int | None, output: Path) -> d
     with replacing(adapter_path) as temporary:
         temporary.write_bytes(outcome.adapter.read_bytes())
     write_json(report_path, report | {"adapter": adapter_path.name})
-    console.out.print(_table(report, strip_path, adapter_path, report_path))
+    console.out.print(_table(report))
+    for path in (strip_path, adapter_path, report_path):
+        console.out.print(str(path), markup=False)
     return report
 
 
@@ -106,6 +109,7 @@ def write_config(family: str, concept: str, steps: int | None, output: Path) -> 
     data = [
         {"id": "more", "instance_data_dir": str(buckets / "more"), "slider_strength": 1.0},
         {"id": "less", "instance_data_dir": str(buckets / "less"), "slider_strength": -1.0},
+        {"id": "neutral", "instance_data_dir": str(place / "buckets" / "neutral"), "slider_strength": 0},
     ]
     config = (
         COMMON
@@ -192,7 +196,7 @@ def write_strip(rendered: Rendered, path: Path) -> None:
         strips.contact_sheet(rows).save(temporary)
 
 
-def _table(report: dict[str, Any], *paths: Path) -> Table:
+def _table(report: dict[str, Any]) -> Table:
     table = Table(title=f"{report['family']}: {report['concept']}", show_header=False, box=None, title_justify="left")
     response = report["response"]
     table.add_row("monotonicity", f"{report['monotonicity']:.3f} (10th percentile {report['monotonicity_p10']:.3f})")
@@ -200,6 +204,4 @@ def _table(report: dict[str, Any], *paths: Path) -> Table:
     table.add_row("ratio +1 to -1", f"{report['ratio']:.2f}")
     table.add_row("everything else moved", f"{report['preservation']['mean']:.3f} of its range")
     table.add_row("time", f"{report['seconds']:.0f} s, {report['steps']} steps")
-    for path in paths:
-        table.add_row("", str(path))
     return table

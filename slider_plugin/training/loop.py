@@ -1,8 +1,7 @@
 """The training loop: one optimizer step is whole cycles of draws, each at its own strength.
 
 A draw is trained with the adapter at the draw's scale until after its backward pass. The draws of one cycle share noise and
-time: what the positive and the negative side have in common then cancels in the adapter's gradient, which leaves the
-difference that the slider is to learn (measured on the fixtures, see CHANGELOG).
+time, so that what the positive and the negative side have in common cancels in the adapter's gradient.
 """
 
 from __future__ import annotations
