@@ -30,7 +30,7 @@ from slider_plugin.validation.render import DrawSettings, Rendered, render
 
 RECIPES: dict[str, dict[str, Any]] = {
     "sd1": {"learning_rate": 2e-3, "max_train_steps": 120},
-    "z_image": {"learning_rate": 2e-3, "max_train_steps": 120},
+    "z_image": {"learning_rate": 2e-3, "max_train_steps": 170},
 }
 """What is right for models of three million parameters; a published model wants the defaults."""
 
