@@ -76,7 +76,7 @@ def _refused(default: Any, why: str, *same: Any, strict: bool = False) -> Known:
     return Known(default, why, matters=True, same=same, strict=strict)
 
 
-_CACHE = "latents and embeddings are cached without settings"
+_CACHE = "latents and embeddings are kept in memory, for one run"
 _UPLOAD = "nothing is uploaded; upload the exported file yourself"
 _MIRROR = "a slider must mirror, and DoRA is not linear in its strength; use a plain LoRA"
 _QUANT = "weights are not quantised here; write no_change"
@@ -121,7 +121,7 @@ CONFIG_KEYS: Mapping[str, Known] = {
     "use_dora": _refused(False, _MIRROR, False),
     "lora_init_type": _refused("default", "adapters start at PEFT's default; take it out", "default", True),
     "init_lora": _refused(None, "a run starts from a fresh adapter; use resume_from_checkpoint to go on with one of ours"),
-    "lora_format": _refused("diffusers", "training writes the diffusers layout; `slider export` writes others", "diffusers"),
+    "lora_format": _refused("diffusers", "the diffusers layout is written; write diffusers", "diffusers"),
     "lycoris_config": _ignored("config/lycoris_config.json", "it is read only where lora_type is lycoris"),
     "init_lokr_norm": _ignored(None, "it belongs to LyCORIS"),
     "flux_lora_target": _refused("all", "use slider_lora_target or peft_lora_target_modules; take it out"),
@@ -132,7 +132,7 @@ CONFIG_KEYS: Mapping[str, Known] = {
     "disable_assistant_lora": _ignored(False, _ASSISTANT),
     # --- data
     "aspect_bucket_rounding": _refused(2, "aspect ratios are not rounded; set aspect_bucket_alignment instead"),
-    "dataloader_prefetch": _ignored(False, "batches come from the cache"),
+    "dataloader_prefetch": _ignored(False, "batches come from memory"),
     "vae_batch_size": _ignored(4, _CACHE),
     "write_batch_size": _ignored(128, _CACHE),
     "cache_dir": _ignored("cache", _CACHE),
