@@ -104,6 +104,21 @@ def test_the_loss_is_its_formula(project: Project, family: str) -> None:
         assert draw.scale == (0.5 if draw.position == 0 else -0.5)
 
 
+def test_the_backward_pass_runs_at_the_draw_s_scale(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of(project("sd1"))
+    seen: list[float] = []
+    backward = trainer.accelerator.backward
+
+    def recording(loss: torch.Tensor) -> None:
+        seen.append(trainer.adapter.scale)
+        backward(loss)
+
+    monkeypatch.setattr(trainer.accelerator, "backward", recording)
+    trainer.optimizer_step()
+    assert seen == [0.5, -0.5]
+    assert trainer.adapter.scale == 1.0
+
+
 def test_neutral_draws_preserve_the_frozen_model(project: Project) -> None:
     trainer = trainer_of(project("sd1", neutral=True))
     neutral = next(d for d in (next(trainer.sampler) for _ in range(3)) if d.neutral)
