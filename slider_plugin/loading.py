@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,11 @@ def check_folder(family: Family, folder: Path) -> None:
             f"Give the folder that `save_pretrained` of a {family.title} pipeline wrote"
         )
     config = _read_json(folder / family.denoiser / "config.json", family)
-    found = config.get("_class_name")
-    if found != family.denoiser_class:
+    found, wanted = config.get("_class_name"), family.denoiser_class.rpartition(":")[2]
+    if found != wanted:
         raise UserError(
             f"{folder} is not a {family.title} model: its {family.denoiser} is a {found}, "
-            f"and family {family.name} trains {family.denoiser_class}. Set model_family to the family of this model"
+            f"and family {family.name} trains {wanted}. Set model_family to the family of this model"
         )
     wrong = {k: config.get(k) for k, allowed in family.expects.items() if config.get(k) not in allowed}
     if wrong:
@@ -51,6 +53,20 @@ def check_folder(family: Family, folder: Path) -> None:
 def denoiser_config(family: Family, folder: Path) -> dict[str, Any]:
     """The denoiser's configuration as stored in the folder."""
     return _read_json(folder / family.denoiser / "config.json", family)
+
+
+def denoiser_class_of(family: Family) -> Any | None:
+    """The class of the denoiser, from diffusers or from `package.module:Class`; None if diffusers has no such class."""
+    module, _, name = family.denoiser_class.rpartition(":")
+    return getattr(importlib.import_module(module or "diffusers"), name, None)
+
+
+def on_meta(denoiser_class: Any, config: Mapping[str, Any]) -> Any:
+    """A model of any size without its memory: all modules and shapes, no values."""
+    import torch
+
+    with torch.device("meta"):
+        return denoiser_class.from_config(dict(config)) if hasattr(denoiser_class, "from_config") else denoiser_class(**config)
 
 
 def _or(values: tuple[Any, ...]) -> str:
@@ -116,7 +132,7 @@ def prediction_of(family: Family, scheduler: Any) -> Any:
     """What the denoiser predicts: what the family states, or else what the loaded scheduler says."""
     if not isinstance(family.noise, Diffusion):
         return "flow"
-    prediction = family.noise.prediction or scheduler.config.get("prediction_type", "epsilon")
+    prediction = family.noise.prediction or getattr(scheduler, "config", {}).get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
         raise UserError(f"the scheduler's prediction_type is {prediction!r}; {family.title} can train epsilon and v_prediction")
     return prediction

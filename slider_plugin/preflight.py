@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from slider_hooks import TargetRequest
 from slider_plugin.config import RunConfig
@@ -16,7 +16,7 @@ from slider_plugin.data.buckets import Bucket, Buckets, open_buckets
 from slider_plugin.data.sampler import cycle_length
 from slider_plugin.errors import ConfigError, UserError
 from slider_plugin.files import check_writable
-from slider_plugin.loading import check_folder, denoiser_config, model_folder
+from slider_plugin.loading import check_folder, denoiser_class_of, denoiser_config, model_folder, on_meta
 from slider_plugin.targets import TargetPlan, resolve_targets
 
 if TYPE_CHECKING:
@@ -128,7 +128,8 @@ def model_of(config: RunConfig, family: LoadedFamily) -> str:
     if config.model_flavour and config.model_flavour not in facts.flavours:
         known = ", ".join(facts.flavours) or "none"
         raise UserError(f"model_flavour: {facts.name} has no flavour {config.model_flavour!r}; it has {known}")
-    model = config.pretrained_model_name_or_path or facts.flavours.get(flavour or "")
+    published = facts.flavours[flavour].model if flavour else None
+    model = config.pretrained_model_name_or_path or published
     if not model:
         raise UserError(f"pretrained_model_name_or_path: {facts.name} has no published default; give a model folder")
     folder = model_folder(facts, model)
@@ -144,16 +145,11 @@ def uses_default_loader(family: LoadedFamily) -> bool:
 
 def meta_denoiser(family: LoadedFamily, model: str) -> Module | None:
     """The denoiser of a pipeline folder on the meta device: every module, no memory. None if it cannot be built so."""
-    import diffusers
-    import torch
-
     folder = model_folder(family.facts, model)
-    denoiser_class: Any = getattr(diffusers, family.facts.denoiser_class, None)
-    if folder is None or denoiser_class is None or not (folder / family.facts.denoiser / "config.json").is_file():
+    if folder is None or not (folder / family.facts.denoiser / "config.json").is_file():
         return None
-    with torch.device("meta"):
-        denoiser: Module = denoiser_class.from_config(denoiser_config(family.facts, folder))
-    return denoiser
+    denoiser_class = denoiser_class_of(family.facts)
+    return None if denoiser_class is None else on_meta(denoiser_class, denoiser_config(family.facts, folder))
 
 
 def alignment(config: RunConfig) -> int:

@@ -269,6 +269,7 @@ def draw(
             steps=config.validation_num_inference_steps,
             guidance_scale=guidance,
             negative_prompt=config.validation_negative_prompt,
+            extra=family.facts.call_kwargs,
             batch_size=max(1, PIXELS_AT_ONCE // (size[0] * size[1])),
         ),
     )

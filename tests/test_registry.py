@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 import slider_hooks
-from slider_hooks import Components, LoadRequest, PromptEntry, ResolvedTargets, TargetRequest
+from slider_hooks import Components, Flavour, LoadRequest, PromptEntry, ResolvedTargets, TargetRequest
 from slider_plugin import defaults, plugins_cmd
 from slider_plugin.errors import PluginError, UserError
 from slider_plugin.family import LoadedFamily
@@ -437,7 +437,10 @@ def option(**words: Any) -> slider_hooks.Option:
         ({"targets": slider_hooks.Targets(io="(")}, "FAMILY.targets.io is not a regular expression"),
         ({"targets": slider_hooks.Targets(time=3)}, "FAMILY.targets.time is not"),  # type: ignore[arg-type]
         ({"targets": slider_hooks.Targets(documented="to_q")}, "documented is one string"),  # type: ignore[arg-type]
-        ({"default_flavour": "trubo", "flavours": {"turbo": "a/b"}}, "not one of flavours (did you mean 'turbo'?)"),
+        (
+            {"default_flavour": "trubo", "flavours": {"turbo": Flavour(model="a/b")}},
+            "not one of flavours (did you mean 'turbo'?)",
+        ),
         ({"options": (option(name="bad-name"),)}, "'bad-name' needs"),
         ({"options": (option(), option())}, "'some' is there 2 times"),
         ({"options": (option(default="1"),)}, "is '1', which is no float"),
@@ -452,7 +455,7 @@ def test_wrong_facts(facts: dict[str, Any], finding: str) -> None:
 
 def test_right_facts_have_no_findings() -> None:
     options = (option(default=1), option(name="none", default=None, choices=(1.0,)), option(name="on", type=bool, default=True))
-    assert lint(family_of(options=options, flavours={"a": "b/c"}, default_flavour="a"), "pocket") == []
+    assert lint(family_of(options=options, flavours={"a": Flavour(model="b/c")}, default_flavour="a"), "pocket") == []
 
 
 def test_a_family_that_is_none() -> None:

@@ -148,11 +148,12 @@ def encode_images(family: Family, components: Components, images: Tensor) -> Ten
     Args:
         family: the facts of this family.
         components: the loaded model.
-        images: `(B, 3, H, W)` in -1..1, on the device and in the dtype of the autoencoder.
+        images: on the device and in the dtype of the autoencoder: `(B, 3, H, W)` in -1..1; where `family.modalities` has
+            `video`, `(B, 3, F, H, W)` with F frames, 1 for an image; where it has `audio`, samples `(B, channels, N)` in -1..1.
 
     Returns:
-        Latents `(B, C, h, w)` (or what the denoiser takes), normalised as the denoiser expects. The default takes the mode
-        of the autoencoder's posterior, `(z - shift_factor) * scaling_factor`.
+        Latents `(B, C, h, w)` or `(B, C, f, h, w)` (any shape that `predict` takes), normalised as the denoiser expects. The
+        default takes the mode of the autoencoder's posterior, `(z - shift_factor) * scaling_factor`.
 
     Example::
 
@@ -171,8 +172,9 @@ def predict(
     Args:
         family: the facts of this family.
         components: the loaded model.
-        noisy: noisy latents `(B, C, h, w)`.
-        time: `(B,)`, for a flow model `family.noise.time(sigma)`, for a diffusion model the integer timestep.
+        noisy: noisy latents, in the shape that `encode_images` gave: `(B, C, h, w)` or `(B, C, f, h, w)`.
+        time: `(B,)`, for a flow model `family.noise.time(sigma)`, for a diffusion model the integer timestep, or r in 0..1
+            where the family states `alpha_bar`.
         conditioning: for each sample what `encode_prompts` gave, on the device.
 
     Returns:
@@ -197,9 +199,10 @@ def build_pipeline(family: Family, components: Components) -> Any | None:
         components: the loaded model, with the adapter injected into `components.denoiser`.
 
     Returns:
-        An object with the call of a diffusers pipeline: `(prompt=[...], negative_prompt=[...] or None, height=, width=,
-        num_inference_steps=, guidance_scale=, generator=[...]).images` is a list of PIL images. The default is
-        `components.pipeline`.
+        An object with the call of a diffusers pipeline: of `prompt=[...], negative_prompt=[...], height=, width=,
+        num_frames=, num_inference_steps=, guidance_scale=, generator=[...]` and `family.call_kwargs` it gets those that its
+        signature names. The result has `images`, a list of PIL images; or `frames`, a list of videos, each a list of PIL
+        images; or `audios`, a tensor or array `(B, channels, N)`. The default is `components.pipeline`.
 
     Example::
 

@@ -58,6 +58,10 @@ class Diffusion:
     prediction: Literal["epsilon", "v_prediction"] | None = None
     """What the denoiser predicts; None reads `prediction_type` of the loaded scheduler."""
 
+    alpha_bar: Callable[[Tensor], Tensor] | None = None
+    """For a denoiser in continuous time: from r `(B,)`, 0 (image) to 1 (noise), to the cumulative alpha `(B,)` in 0..1. The
+    denoiser is told r. None takes the scheduler's table, and the denoiser is told the integer step."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
@@ -89,7 +93,10 @@ class Targets:
     """Standard LoRA targets, which are the fallback where no slider target matches."""
 
     documented: tuple[str, ...] = ()
-    """The suffix list that the specification documents for this family, for reports."""
+    """The suffix list that the specification documents for this family, for reports; empty where it is the general one."""
+
+    controlnet: str = ""
+    """Slider targets of the family's ControlNet, where it has one (`Family.controlnet_class`)."""
 
     def by_kind(self, include_joint: bool = True) -> dict[str, str]:
         """The slider expressions that are stated, by kind: self, joint, proj, io, time."""
@@ -128,6 +135,20 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Flavour:
+    """One published version of a family."""
+
+    model: str | None = None
+    """Hub id of its pipeline: the default of `pretrained_model_name_or_path`. None where no source names one."""
+
+    source: str = ""
+    """Where the hub id is published."""
+
+    reference: Mapping[str, Any] = field(default_factory=dict)
+    """What differs from `Family.reference`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """The facts about a model family. Everything that is not a fact is a hook with a default."""
 
@@ -141,7 +162,10 @@ class Family:
     """Name of the pipeline component that is trained: `unet`, `transformer`, ... Also the prefix of keys in exported files."""
 
     denoiser_class: str
-    """Class name of the denoiser, as in the `_class_name` of its config.json."""
+    """Class of the denoiser: the diffusers name, as in the `_class_name` of its config.json, or `package.module:Class`."""
+
+    reference: Mapping[str, Any] = field(default_factory=dict)
+    """The published configuration of the denoiser, as arguments of its class: `slider targets` builds it without memory."""
 
     noise: Flow | Diffusion
     """The noise process with its sign and time conventions."""
@@ -155,17 +179,23 @@ class Family:
     load_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Extra keyword arguments of the pipeline's `from_pretrained`."""
 
+    controlnet_class: str = ""
+    """Class name of the family's ControlNet in diffusers; "" for none."""
+
+    call_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Extra keyword arguments of the pipeline's call when it draws."""
+
     expects: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Denoiser configuration keys and the values this family can train; any other value is reported as a wrong model."""
 
-    modalities: tuple[str, ...] = ("image",)
-    """What it makes: image, video, audio."""
+    modalities: tuple[Literal["image", "video", "audio"], ...] = ("image",)
+    """What it makes. With `video` among them `encode_images` gets frames, with `audio` a waveform."""
 
     guidance_scale: float = 5.0
     """Default `guidance_scale` of validation."""
 
-    flavours: Mapping[str, str] = field(default_factory=dict)
-    """Published versions: flavour name to hub id, the default of `pretrained_model_name_or_path`."""
+    flavours: Mapping[str, Flavour] = field(default_factory=dict)
+    """Published versions by name (`model_flavour`)."""
 
     default_flavour: str | None = None
     """The flavour that is meant if none is named."""
@@ -178,6 +208,9 @@ class Family:
 
     tiny: Callable[[Path], None] | None = None
     """Write a tiny random pipeline folder, built from configs with real classes, for tests."""
+
+    tiny_size: int = 32
+    """Side in pixels of the images that the tiny pipeline works on, or length in samples of its sounds."""
 
     contract: tuple[int, int] = (1, 0)
     """The version of the contract that this module was written for; whoever needs more than 1.0 states it."""
@@ -222,6 +255,10 @@ class Components:
 
     prediction: Literal["epsilon", "v_prediction", "flow"]
     """What the denoiser predicts, read from the loaded files."""
+
+    time_range: tuple[float, float] = (0.0, 1.0)
+    """The part of the noise that this denoiser answers for, in sigma (flow) or as a share of the time steps: some models
+    have one denoiser for strong noise and another for weak (Wan 2.2)."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
     """Values of the family's own options."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from slider_hooks import Diffusion, Family, Targets
+from slider_hooks import Diffusion, Family, Flavour, Targets
 
 
 def tiny(folder: Path) -> None:
@@ -67,8 +67,13 @@ FAMILY = Family(
         "only_cross_attention": (False, None),  # attn1 would attend to text
     },
     guidance_scale=7.5,
-    # diffusers docs/source/en/api/pipelines/stable_diffusion/overview.md
-    flavours={"1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5"},
+    reference={"sample_size": 64, "cross_attention_dim": 768},
+    flavours={
+        "1.5": Flavour(
+            model="stable-diffusion-v1-5/stable-diffusion-v1-5",
+            source="diffusers docs: api/pipelines/stable_diffusion/overview.md",
+        )
+    },
     default_flavour="1.5",
     aliases=("sd1x", "sd15", "sd1.5"),
     tiny=tiny,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slider_hooks import Components, Conditioning, Family, Flow, Targets, hookimpl, one_minus_sigma
+from slider_hooks import Components, Conditioning, Family, Flavour, Flow, Targets, hookimpl, one_minus_sigma
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,10 +62,10 @@ FAMILY = Family(
     ),
     expects={"siglip_feat_dim": (None,)},  # Omni wants reference images, too
     guidance_scale=5.0,
-    # diffusers docs/source/en/api/pipelines/z_image.md
-    flavours={"turbo": "Tongyi-MAI/Z-Image-Turbo"},
+    flavours={"turbo": Flavour(model="Tongyi-MAI/Z-Image-Turbo", source="diffusers docs: api/pipelines/z_image.md")},
     default_flavour="turbo",
     aliases=("zimage",),
+    tiny_size=64,
     tiny=tiny,
 )
 

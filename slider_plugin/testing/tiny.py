@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from diffusers import AutoencoderKL
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, Qwen2Tokenizer, Qwen3Config, Qwen3Model
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -51,9 +67,14 @@ def autoencoder(latent_channels: int, shift_factor: float | None = 0.1) -> Autoe
     )
 
 
-def clip(hidden_size: int, length: int = 24) -> tuple[CLIPTextModel, CLIPTokenizer]:
-    """A CLIP text encoder and its tokenizer; every byte has a token, so that any prompt can be encoded."""
-    tokenizer: Any = CLIPTokenizer().train_new_from_iterator(WORDS, vocab_size=560)
+def trained_tokenizer(kind: Any, vocab_size: int = 400, **kwargs: Any) -> Any:
+    """A small tokenizer of a transformers class, trained on a handful of words."""
+    return kind().train_new_from_iterator(WORDS, vocab_size=vocab_size, **kwargs)
+
+
+def clip(hidden_size: int, length: int = 24, projection: bool = False) -> tuple[Any, CLIPTokenizer]:
+    """A CLIP text encoder (with its projection, if asked) and its tokenizer, which has a token for every byte."""
+    tokenizer = trained_tokenizer(CLIPTokenizer, vocab_size=560)
     tokenizer.model_max_length = length
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -67,23 +88,58 @@ def clip(hidden_size: int, length: int = 24) -> tuple[CLIPTextModel, CLIPTokeniz
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return CLIPTextModel(config), tokenizer
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config), tokenizer
+
+
+def t5(hidden_size: int, kind: Literal["t5", "umt5"] = "t5") -> tuple[Any, T5Tokenizer]:
+    """A T5 (or UMT5) encoder and its tokenizer."""
+    tokenizer = trained_tokenizer(T5Tokenizer)
+    config_class, model_class = (T5Config, T5EncoderModel) if kind == "t5" else (UMT5Config, UMT5EncoderModel)
+    config = config_class(
+        vocab_size=len(tokenizer),
+        d_model=hidden_size,
+        d_kv=8,
+        d_ff=2 * hidden_size,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return model_class(config), tokenizer
+
+
+def decoder_sizes(hidden_size: int, vocab_size: int) -> dict[str, Any]:
+    """The arguments that the configurations of small language models share (Llama, Gemma, Mistral, Qwen)."""
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+    }
+
+
+def gemma2(hidden_size: int) -> tuple[Gemma2Model, GemmaTokenizer]:
+    """A Gemma 2 text encoder and its tokenizer."""
+    tokenizer = trained_tokenizer(GemmaTokenizer)
+    tokenizer.padding_side = "right"
+    return Gemma2Model(Gemma2Config(**decoder_sizes(hidden_size, len(tokenizer)), query_pre_attn_scalar=16)), tokenizer
+
+
+def qwen_tokenizer(chat_template: str = CHAT_TEMPLATE, extra: Sequence[str] = ()) -> Qwen2Tokenizer:
+    """A Qwen tokenizer with its special tokens and a chat template."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *extra]
+    tokenizer = trained_tokenizer(Qwen2Tokenizer, new_special_tokens=special)
+    tokenizer.chat_template = chat_template
+    tokenizer.padding_side = "right"
+    return tokenizer
 
 
 def qwen3(hidden_size: int) -> tuple[Qwen3Model, Qwen2Tokenizer]:
     """A Qwen3 text encoder and its tokenizer with the chat template that Z-Image's pipeline calls."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer: Any = Qwen2Tokenizer().train_new_from_iterator(WORDS, vocab_size=400, new_special_tokens=special)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.padding_side = "right"
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=512,
-    )
-    return Qwen3Model(config), tokenizer
+    tokenizer = qwen_tokenizer()
+    return Qwen3Model(Qwen3Config(**decoder_sizes(hidden_size, len(tokenizer)))), tokenizer

@@ -5,6 +5,7 @@ Shapes: B batch, C channels, H and W latent rows and columns. Video latents have
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +20,10 @@ class NoiseProcess(Protocol):
 
     def draw_time(self, count: int, generator: torch.Generator) -> Tensor:
         """Random times `(count,)` in this process's own unit."""
+        ...
+
+    def at(self, share: float, count: int) -> Tensor:
+        """The time `(count,)` at a share 0 (image) to 1 (noise) of the way."""
         ...
 
     def add_noise(self, clean_BCHW: Tensor, noise_BCHW: Tensor, time_B: Tensor) -> Tensor:
@@ -42,17 +47,31 @@ def _like(values_B: Tensor, like_BCHW: Tensor) -> Tensor:
     return values_B.to(like_BCHW.device, torch.float32).reshape(-1, *(1,) * (like_BCHW.ndim - 1))
 
 
+WHOLE = (0.0, 1.0)
+"""All of the noise."""
+
+
+def _within(u_B: Tensor, low: float, high: float) -> Tensor:
+    """Uniform values brought from 0..1 into a part of it."""
+    return u_B if (low, high) == WHOLE else low + (high - low) * u_B
+
+
 @dataclass(frozen=True)
 class FlowProcess:
     """`x = (1 - sigma) x0 + sigma e`, `v = e - x0`. Times are sigma, 0 (image) to 1 (noise)."""
 
     flow: Flow
     shift: float
+    time_range: tuple[float, float] = WHOLE
 
     def draw_time(self, count: int, generator: torch.Generator) -> Tensor:
-        """Uniform, then shifted towards noise: `s u / (1 + (s - 1) u)` (arXiv 2403.03206, eq. 23)."""
-        u_B = torch.rand(count, generator=generator)
+        """Uniform, then shifted towards noise: `s u / (1 + (s - 1) u)` (arXiv 2403.03206, eq. 23); inside `time_range`."""
+        low, high = (sigma / (self.shift - (self.shift - 1.0) * sigma) for sigma in self.time_range)
+        u_B = _within(torch.rand(count, generator=generator), low, high)
         return self.shift * u_B / (1.0 + (self.shift - 1.0) * u_B)
+
+    def at(self, share: float, count: int) -> Tensor:
+        return torch.full((count,), share)
 
     def add_noise(self, clean_BCHW: Tensor, noise_BCHW: Tensor, time_B: Tensor) -> Tensor:
         sigma_B111 = _like(time_B, clean_BCHW)
@@ -77,12 +96,21 @@ class DiffusionProcess:
 
     alphas_cumprod_N: Tensor
     prediction: str
+    time_range: tuple[float, float] = WHOLE
 
     def draw_time(self, count: int, generator: torch.Generator) -> Tensor:
-        return torch.randint(0, len(self.alphas_cumprod_N), (count,), generator=generator)
+        first, after_last = (round(share * len(self.alphas_cumprod_N)) for share in self.time_range)
+        return torch.randint(first, after_last, (count,), generator=generator)
+
+    def at(self, share: float, count: int) -> Tensor:
+        return torch.full((count,), round(share * (len(self.alphas_cumprod_N) - 1)), dtype=torch.long)
+
+    def alpha_bar(self, time_B: Tensor) -> Tensor:
+        """The cumulative alpha `(B,)` at a time."""
+        return self.alphas_cumprod_N[time_B.cpu()]
 
     def _roots(self, time_B: Tensor, like_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        alpha_B = self.alphas_cumprod_N[time_B.cpu()]
+        alpha_B = self.alpha_bar(time_B)
         return _like(alpha_B.sqrt(), like_BCHW), _like((1.0 - alpha_B).sqrt(), like_BCHW)
 
     def add_noise(self, clean_BCHW: Tensor, noise_BCHW: Tensor, time_B: Tensor) -> Tensor:
@@ -102,12 +130,31 @@ class DiffusionProcess:
         return answer_BCHW
 
 
+@dataclass(frozen=True)
+class ContinuousDiffusionProcess(DiffusionProcess):
+    """The same over continuous time r, 0 (image) to 1 (noise), with the cumulative alpha a function that the family states."""
+
+    alpha_bar_at: Callable[[Tensor], Tensor] = torch.ones_like
+
+    def draw_time(self, count: int, generator: torch.Generator) -> Tensor:
+        return _within(torch.rand(count, generator=generator), *self.time_range)
+
+    def at(self, share: float, count: int) -> Tensor:
+        return torch.full((count,), share)
+
+    def alpha_bar(self, time_B: Tensor) -> Tensor:
+        return self.alpha_bar_at(time_B)
+
+
 def noise_process(family: Family, components: Components) -> NoiseProcess:
     """The noise process that a family declares, with what its loaded scheduler adds."""
     config: Any = getattr(components.scheduler, "config", {})
     if isinstance(family.noise, Flow):
         shift = family.noise.shift if family.noise.shift is not None else config.get("shift") or 1.0
-        return FlowProcess(family.noise, float(shift))
+        return FlowProcess(family.noise, float(shift), components.time_range)
     assert isinstance(family.noise, Diffusion)
+    if family.noise.alpha_bar is not None:
+        no_table = torch.empty(0)
+        return ContinuousDiffusionProcess(no_table, components.prediction, components.time_range, family.noise.alpha_bar)
     alphas_N: Tensor = components.scheduler.alphas_cumprod.detach().float().cpu()
-    return DiffusionProcess(alphas_N, components.prediction)
+    return DiffusionProcess(alphas_N, components.prediction, components.time_range)

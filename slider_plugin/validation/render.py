@@ -7,9 +7,10 @@ bar and torch's random numbers are afterwards what they were before, also when d
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,10 +18,11 @@ import torch
 from PIL import Image
 
 from slider_hooks import Components, PromptEntry
-from slider_plugin.errors import PluginError
+from slider_plugin.errors import UserError
 from slider_plugin.files import replacing, safe_name, write_json
 from slider_plugin.validation import strips
 from slider_plugin.validation.plan import Panel, Plan, Shot, plan_validation
+from slider_plugin.validation.samples import Sample, samples_of
 from slider_plugin.validation.strips import format_strength
 
 
@@ -47,7 +49,10 @@ class DrawSettings:
     steps: int
     guidance_scale: float
     negative_prompt: str | None = None
+    num_frames: int = 1
     batch_size: int = 1
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """The family's own arguments of the pipeline's call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,31 +179,41 @@ def _draw(pipeline: Any, shots: Sequence[Shot], settings: DrawSettings, files: _
     """Draw shots of one scale and write each batch at once: memory holds one batch, and a killed run keeps its images."""
     for start in range(0, len(shots), settings.batch_size):
         batch = shots[start : start + settings.batch_size]
-        for shot, image in zip(batch, _call(pipeline, batch, settings), strict=True):
-            _save(image, files.image(shot))
+        for shot, sample in zip(batch, _call(pipeline, batch, settings), strict=True):
+            path = files.image(shot)
+            _save(sample.still(), path)
+            sample.write_original(path)
 
 
-def _call(pipeline: Any, batch: Sequence[Shot], settings: DrawSettings) -> list[Image.Image]:
+def _call(pipeline: Any, batch: Sequence[Shot], settings: DrawSettings) -> list[Sample]:
     # One generator per image, and on the CPU: the noise is then the same in any batch and on any device.
     generators = [torch.Generator("cpu").manual_seed(shot.seed) for shot in batch]
-    negative = {} if settings.negative_prompt is None else {"negative_prompt": [settings.negative_prompt] * len(batch)}
-    drawn = pipeline(
-        prompt=[shot.entry.prompt for shot in batch],
-        height=settings.height,
-        width=settings.width,
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        generator=generators,
-        **negative,
-    ).images
-    images = list(drawn)
-    if len(images) != len(batch) or not all(isinstance(image, Image.Image) for image in images):
-        kinds = ", ".join(sorted({type(image).__name__ for image in images})) or "nothing"
-        raise PluginError(
-            f"the pipeline of build_pipeline answered {len(images)} images ({kinds}) to {len(batch)} prompts; "
-            "it must answer one PIL image to each"
-        )
-    return images
+    wanted: dict[str, Any] = {
+        "height": settings.height,
+        "width": settings.width,
+        "num_frames": settings.num_frames,
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance_scale,
+    }
+    if settings.negative_prompt is not None:
+        wanted["negative_prompt"] = [settings.negative_prompt] * len(batch)
+    taken = call_arguments(pipeline, wanted | dict(settings.extra))
+    prompts = [shot.entry.prompt for shot in batch]
+    return samples_of(pipeline(prompt=prompts, generator=generators, **taken), pipeline, len(batch))
+
+
+def call_arguments(pipeline: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that the pipeline's call names: a pipeline of images has no `num_frames`, one of sound no size.
+
+    Raises:
+        UserError: a negative prompt is wanted, and the pipeline takes none.
+    """
+    parameters = inspect.signature(pipeline).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return dict(wanted)
+    if "negative_prompt" in wanted and "negative_prompt" not in parameters:
+        raise UserError(f"validation_negative_prompt: {type(pipeline).__name__} takes no negative prompt; leave the key out")
+    return {name: value for name, value in wanted.items() if name in parameters}
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------

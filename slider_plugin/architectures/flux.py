@@ -1,0 +1,123 @@
+"""Flux.1 dev and schnell: a transformer of double and single blocks for flow matching, conditioned on T5 and CLIP.
+
+Conventions: diffusers pipelines/flux/pipeline_flux.py:905-1000, examples/dreambooth/train_dreambooth_lora_flux.py:1748-1820.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slider_hooks import Components, Conditioning, Family, Flavour, Flow, Option, Targets, hookimpl, sigma_as_is
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GUIDANCE = Option(
+    name="flux_guidance_value",
+    type=float,
+    default=1.0,
+    help="the distilled guidance that the transformer is told while training; schnell has none",
+)
+
+
+def tiny(folder: Path) -> None:
+    """Write a random pipeline of real classes: 8x8 latents, 16 tokens."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    from slider_plugin.testing import tiny as parts
+
+    with parts.seeded(0):
+        text_encoder, tokenizer = parts.clip(hidden_size=16)
+        text_encoder_2, tokenizer_2 = parts.t5(hidden_size=32)
+        transformer = FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=16,
+            axes_dims_rope=(4, 4, 8),
+            guidance_embeds=True,
+        )
+        FluxPipeline(
+            vae=parts.autoencoder(latent_channels=4),
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            transformer=parts.redraw_zeros(transformer),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        ).save_pretrained(folder)
+
+
+FAMILY = Family(
+    name="flux",
+    title="Flux.1",
+    denoiser="transformer",
+    denoiser_class="FluxTransformer2DModel",
+    pipeline_class="FluxPipeline",
+    noise=Flow(time=sigma_as_is),
+    targets=Targets(
+        self_attention=r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)",
+        joint_attention=r"single_transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v)",
+        io=r"x_embedder|proj_out",
+        time=r"time_text_embed\.timestep_embedder\.linear_[12]",
+        forbidden=r"context_embedder|time_text_embed\.text_embedder\..+|.*\.(add_[qkv]_proj|to_add_out)|.*ff_context\..+",
+        standard=r"(single_)?transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)",
+        documented=("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.to_qkv"),
+        controlnet=r"(single_)?transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)",
+    ),
+    controlnet_class="FluxControlNetModel",
+    reference={"guidance_embeds": True},
+    expects={"in_channels": (64, 16)},  # 16 in tests; fill and control models have more than 64
+    guidance_scale=3.5,
+    flavours={
+        "dev": Flavour(model="black-forest-labs/FLUX.1-dev", source="diffusers docs: api/pipelines/flux.md"),
+        "schnell": Flavour(
+            model="black-forest-labs/FLUX.1-schnell",
+            source="diffusers docs: api/pipelines/flux.md",
+            reference={"guidance_embeds": False},
+        ),
+    },
+    default_flavour="dev",
+    options=(GUIDANCE,),
+    aliases=("flux1", "flux.1"),
+    tiny=tiny,
+)
+
+
+@hookimpl
+def encode_prompts(components: Components, prompts: Sequence[str]) -> Sequence[Conditioning]:
+    """T5's tokens `(T, D)` and CLIP's pooled embedding `(P,)`."""
+    from slider_plugin.common.conditioning import per_prompt
+
+    embeds_BTD, pooled_BP, _ = components.pipeline.encode_prompt(list(prompts), device=components.denoiser.device)
+    return per_prompt(prompt_embeds=embeds_BTD, pooled=pooled_BP)
+
+
+@hookimpl
+def predict(components: Components, noisy: Tensor, time: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
+    """Tokens are 2x2 squares of latents; dev is also told a guidance scale."""
+    import torch
+
+    from slider_plugin.common.conditioning import stacked
+    from slider_plugin.common.packing import grid_ids, pack_2x2, unpack_2x2
+
+    h, w = noisy.shape[-2:]
+    embeds_BTD = stacked(conditioning, "prompt_embeds")
+    guided = components.denoiser.config.guidance_embeds
+    guidance_B = torch.full_like(time, components.options[GUIDANCE.name]) if guided else None
+    tokens_BND = components.denoiser(
+        hidden_states=pack_2x2(noisy),
+        timestep=time,
+        guidance=guidance_B,
+        pooled_projections=stacked(conditioning, "pooled"),
+        encoder_hidden_states=embeds_BTD,
+        txt_ids=embeds_BTD.new_zeros(embeds_BTD.shape[1], 3),
+        img_ids=grid_ids(h // 2, w // 2, like=embeds_BTD),
+        return_dict=False,
+    )[0]
+    return unpack_2x2(tokens_BND, h, w)

@@ -1,0 +1,1 @@
+"""Conventions that several model families share; for the modules of families, ours and everybody's."""

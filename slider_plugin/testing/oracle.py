@@ -1,0 +1,195 @@
+"""A known answer for noising, time, target and latents: the family's real pipeline around a denoiser that is never wrong.
+
+The denoiser is replaced by one that knows the clean latents and the noise (that of its first call): for the time that it is
+given, it answers what `Flow` or `Diffusion` of the family says the right answer is, in the model's own layout. If sign, time
+and noise schedule are those of the published sampler, the pipeline's scheduler then walks to the clean latents exactly; with a
+wrong sign or a reversed time it ends elsewhere. What the pipeline finally hands to its autoencoder, brought back by
+`encode_images` from an autoencoder that returns just that, must be the clean latents again: so the scaling of latents is
+checked as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slider_hooks import Diffusion, Flow
+from slider_plugin.testing.subject import PROMPTS, Subject, answered_by
+from slider_plugin.training.noise import DiffusionProcess, NoiseProcess, noise_process
+from slider_plugin.validation.render import call_arguments, undisturbed
+
+STEPS = 4  # of the sampler; 1 where it draws new noise on its way, since only the last of its steps does not
+
+NOISY = ("hidden_states", "sample", "x")
+"""What denoisers call the noisy latents."""
+
+TIME = ("timestep", "timesteps", "timestep_ratio", "t")
+"""What they call the time."""
+
+
+class _Captured(Exception):
+    """The latents as the denoiser is given them."""
+
+    def __init__(self, latents: Tensor) -> None:
+        self.latents = latents
+
+
+def miss(subject: Subject, noise: Flow | Diffusion | None = None) -> float:
+    """How far from the clean latents the pipeline lands: the largest difference, in units of their standard deviation.
+
+    Args:
+        subject: the family on its tiny model.
+        noise: another noise process than the family's own, to see that a wrong one is noticed.
+    """
+    components = subject.components
+    clean = _clean(subject)
+    process = _process(subject, noise or subject.family.facts.noise)
+    pipeline = subject.family.build_pipeline(components)
+    answer = _truth(subject, clean, process)
+    with undisturbed(components, pipeline), answered_by(subject.denoiser, answer), _watched_autoencoder(pipeline) as decoded:
+        drawn = pipeline(prompt=[PROMPTS[0]], generator=[torch.Generator().manual_seed(3)], **_arguments(subject, pipeline))
+    landed = _encoded_again(subject, decoded[0]) if decoded else _pixels(drawn.images[0])
+    return float((landed - clean).abs().max() / clean.std())
+
+
+def _arguments(subject: Subject, pipeline: Any) -> dict[str, Any]:
+    wanted = {
+        "height": subject.size,
+        "width": subject.size,
+        "num_frames": subject.media().shape[2],
+        "num_inference_steps": 1 if "DDPM" in type(subject.components.scheduler).__name__ else STEPS,
+        "guidance_scale": subject.family.facts.guidance_scale,
+    }
+    return call_arguments(pipeline, wanted | dict(subject.family.facts.call_kwargs))
+
+
+def _clean(subject: Subject) -> Tensor:
+    """Random clean latents; pixels stay inside the range of an image."""
+    latents = subject.latents()
+    return latents if hasattr(subject.components.pipeline, "vae") else latents.clamp(-2.0, 2.0) * 0.45
+
+
+def _process(subject: Subject, noise: Flow | Diffusion) -> NoiseProcess:
+    from dataclasses import replace
+
+    components = subject.components
+    if isinstance(noise, Diffusion) and noise.prediction is not None:
+        components = replace(components, prediction=noise.prediction)
+    return noise_process(replace(subject.family.facts, noise=noise), components)
+
+
+# --- The denoiser that is never wrong ---------------------------------------------------------------------------------
+
+
+def _truth(subject: Subject, clean: Tensor, process: NoiseProcess) -> Callable[..., Any]:
+    clean_model, like = _in_the_model_s_layout(subject, clean)
+    first_noise: list[Tensor] = []
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        noisy, told = _noisy(arguments, named), _time(arguments, named)
+        stacked = torch.stack(list(noisy)) if isinstance(noisy, list | tuple) else noisy
+        shape = (*stacked.shape[:1], *like.shape[1:])
+        found = stacked[tuple(slice(0, n) for n in shape)]
+        known = clean_model[tuple(slice(0, n) for n in found.shape)]
+        time_B = time_from(process, told.float().reshape(-1)[:1]).expand(len(found))
+        if not first_noise:
+            first_noise.append(_noise_in(process, found, known.expand_as(found), time_B)[:1])
+        answer = torch.zeros(shape)
+        truth = process.target(known.expand_as(found), first_noise[0].expand_as(found), time_B)
+        answer[tuple(slice(0, n) for n in found.shape)] = process.output(truth)  # output() is its own inverse: a sign
+        sample: Any = list(answer) if isinstance(noisy, list | tuple) else answer
+        return (sample,) if named.get("return_dict") is False else SimpleNamespace(sample=sample)
+
+    return forward
+
+
+def _noise_in(process: NoiseProcess, noisy: Tensor, clean: Tensor, time_B: Tensor) -> Tensor:
+    """The noise that `add_noise` mixed in."""
+    nothing = torch.zeros_like(noisy)
+    amount = process.add_noise(nothing, torch.ones_like(noisy), time_B)
+    return (noisy - process.add_noise(clean, nothing, time_B)) / amount.clamp_min(1e-3)
+
+
+def time_from(process: NoiseProcess, told_1: Tensor) -> Tensor:
+    """Our time from what the denoiser was told, which is a linear function of it wherever it is not the time itself."""
+    if isinstance(process, DiffusionProcess):
+        return told_1 if process.alphas_cumprod_N.numel() == 0 else told_1.round().long()
+    first, last = (process.told(torch.tensor([end])) for end in (0.0, 1.0))
+    return ((told_1 - first) / (last - first)).clamp(0.0, 1.0)
+
+
+def _noisy(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    return arguments[0] if arguments else next(named[name] for name in NOISY if name in named)
+
+
+def _time(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+    found = arguments[1] if len(arguments) > 1 else next(named[name] for name in TIME if name in named)
+    return torch.as_tensor(found)
+
+
+@torch.no_grad()
+def _in_the_model_s_layout(subject: Subject, clean: Tensor) -> tuple[Tensor, Tensor]:
+    """The clean latents as `predict` hands them to the denoiser, and something of the shape that the denoiser answers."""
+    real = type(subject.denoiser).forward
+    outputs: list[Tensor] = []
+
+    def capture(*arguments: Any, **named: Any) -> Any:
+        answer = real(subject.denoiser, *arguments, **named)
+        first = answer[0] if isinstance(answer, tuple) else answer.sample
+        outputs.append(torch.stack(list(first)) if isinstance(first, list | tuple) else first)
+        noisy = _noisy(arguments, named)
+        raise _Captured(torch.stack(list(noisy)) if isinstance(noisy, list | tuple) else noisy)
+
+    with answered_by(subject.denoiser, capture):
+        try:
+            subject.predict(clean, subject.conditioning())
+        except _Captured as captured:
+            return captured.latents.clone(), outputs[0]
+    raise AssertionError(f"predict of {subject.family.facts.name} never called its denoiser")
+
+
+# --- What the pipeline hands on ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _watched_autoencoder(pipeline: Any) -> Iterator[list[Tensor]]:
+    """Note what is decoded; empty for a pipeline that works in pixels."""
+    decoded: list[Tensor] = []
+    vae = getattr(pipeline, "vae", None)
+    if vae is None:
+        yield decoded
+        return
+    real = vae.decode
+
+    def decode(latents: Tensor, *arguments: Any, **named: Any) -> Any:
+        decoded.append(latents.detach().clone())
+        return real(latents, *arguments, **named)
+
+    vae.decode = decode
+    try:
+        yield decoded
+    finally:
+        del vae.decode
+
+
+@torch.no_grad()
+def _encoded_again(subject: Subject, decoded: Tensor) -> Tensor:
+    """`encode_images` with an autoencoder that finds exactly what was decoded."""
+    vae = subject.components.pipeline.vae
+    posterior = SimpleNamespace(mode=lambda: decoded, sample=lambda *_: decoded, mean=decoded)
+    vae.encode = lambda *_, **__: SimpleNamespace(latent_dist=posterior, latents=decoded, latent=decoded)
+    try:
+        return subject.family.encode_images(subject.components, subject.media())
+    finally:
+        del vae.encode
+
+
+def _pixels(image: Any) -> Tensor:
+    import numpy as np
+
+    return torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1.0

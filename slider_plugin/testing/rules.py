@@ -1,0 +1,212 @@
+"""What must hold for every family: each rule takes a `Subject`, raises AssertionError with a reason, and returns nothing.
+
+`RULES` names them all; a test runs each over a family's tiny pipeline::
+
+    @pytest.mark.parametrize("rule", RULES)
+    def test_my_family(rule, tmp_path):
+        RULES[rule](Subject.load(Plugins.discover().load("my_family"), tiny_folder))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from slider_hooks import Diffusion, Flow, PromptEntry
+from slider_plugin.adapters.peft_lora import LoraAdapter
+from slider_plugin.objectives.bucket import learning_loss
+from slider_plugin.testing import oracle, probe
+from slider_plugin.testing.subject import PROMPTS, Subject
+from slider_plugin.training.noise import noise_process
+from slider_plugin.validation.render import DrawSettings, render
+
+RANK = 2
+SCALES = (1.0, -1.0)
+LINEAR = 1e-5  # relative, in float32
+LANDED = 1e-3  # standard deviations of the clean latents
+LOST = 0.1  # the same, where the sign or the time is wrong
+ONE_BIT = 0.05  # images are rounded to 8 bits
+
+
+def every_target_learns_and_nothing_else_moves(subject: Subject) -> None:
+    """Two optimizer steps with +s and -s: each factor of each target gets a gradient, and no other weight changes."""
+    adapter = attached(subject)
+    own = {id(p) for p in adapter.parameters()}
+    frozen = {n: p.detach().clone() for n, p in subject.denoiser.named_parameters() if id(p) not in own}
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    grads: dict[str, float] = {}
+    for _ in range(2):  # the first moves B away from zero, without which A has no gradient
+        for scale in SCALES:
+            with adapter.scaled(scale):
+                _loss(subject, positive=scale > 0).backward()
+        grads = {n: 0.0 if p.grad is None else float(p.grad.abs().sum()) for n, p in adapter.named_parameters()}
+        optimizer.step()
+        optimizer.zero_grad()
+    still = [name for name, size in grads.items() if not size > 0]
+    assert not still, f"no gradient reaches {len(still)} of {len(grads)} factors, such as {still[:3]}"
+    moved = [n for n, p in subject.denoiser.named_parameters() if n in frozen and not torch.equal(p, frozen[n])]
+    assert not moved, f"training moved weights that are not the adapter's: {moved[:3]}"
+
+
+def scale_zero_is_the_base_model(subject: Subject) -> None:
+    """Bit for bit, with an adapter that does something at other scales."""
+    latents, text = subject.latents(2), subject.conditioning(PROMPTS)
+    with torch.no_grad():
+        base = subject.predict(latents, text)
+        adapter = attached(subject, trained=True)
+        with adapter.scaled(0.0):
+            at_zero = subject.predict(latents, text)
+        with adapter.scaled(1.0):
+            at_one = subject.predict(latents, text)
+    assert torch.isfinite(base).all(), "the tiny model's answer is not finite"
+    assert torch.equal(base, at_zero), f"at scale 0 the model differs from the base by {_gap(base, at_zero)}"
+    assert not torch.equal(base, at_one), "at scale 1 the adapter changes nothing"
+
+
+def minus_mirrors_plus(subject: Subject) -> None:
+    """Per wrapped layer, on the input that it really gets: its change at -1 is minus the one at +1."""
+    adapter = attached(subject, trained=True)
+    inputs = _inputs_of(subject, adapter)
+    assert set(inputs) == set(adapter.modules), f"never called: {sorted(set(adapter.modules) - set(inputs))[:3]}"
+    with torch.no_grad():
+        for name, value in inputs.items():
+            layer = subject.denoiser.get_submodule(name)
+            answers: dict[float, Tensor] = {}
+            for scale in (0.0, *SCALES):
+                with adapter.scaled(scale):
+                    answers[scale] = layer(value).double()
+            plus, minus = answers[1.0] - answers[0.0], answers[-1.0] - answers[0.0]
+            size = answers[0.0].abs().max().clamp_min(plus.abs().max())
+            assert plus.abs().max() > 0, f"{name}: the adapter changes nothing"
+            assert (plus + minus).abs().max() <= LINEAR * size, f"{name}: -1 misses the mirror of +1 by {_gap(plus, -minus)}"
+
+
+def no_target_sees_text_alone(subject: Subject) -> None:
+    """By measured shapes: slider targets see the image, or the time; attention that sees text as well is declared joint.
+
+    (The last layer of some denoisers runs over text tokens, too, and their output is then thrown away.)
+    """
+    seen = probe.streams(subject)
+    plan = subject.targets()
+    text = [n for n in plan.modules if seen[n] == "text"]
+    assert not text, f"slider targets see text alone: {text[:3]}"
+    unused = [n for n in plan.modules if seen[n] == "unused"]
+    assert not unused, f"slider targets are never called: {unused[:3]}"
+    for kind, stream in (("self", "image"), ("joint", "joint")):
+        expression = subject.family.facts.targets.by_kind().get(kind, "")
+        wrong = [f"{n} sees {seen[n]}" for n in plan.modules if re.fullmatch(expression, n) and seen[n] != stream]
+        assert not wrong, f"{len(wrong)} targets of kind {kind} do not see {stream} tokens: {wrong[:3]}"
+
+
+def the_published_sampler_lands_on_the_clean_latents(subject: Subject) -> None:
+    """With a denoiser that is never wrong; and it misses when our sign or our time is the other way round."""
+    tolerance = LANDED if hasattr(subject.components.pipeline, "vae") else ONE_BIT
+    distance = oracle.miss(subject)
+    assert distance <= tolerance, f"the pipeline lands {distance:.3g} standard deviations from the clean latents"
+    for what, wrong in wrong_conventions(subject).items():
+        assert oracle.miss(subject, wrong) > LOST, f"nothing notices a wrong {what}"
+
+
+def wrong_conventions(subject: Subject) -> dict[str, Flow | Diffusion]:
+    """The family's noise process with its sign turned, and with its time running backwards."""
+    noise = subject.family.facts.noise
+    if isinstance(noise, Flow):
+        right = noise.time
+        return {
+            "sign": dataclasses.replace(noise, sign=-noise.sign),
+            "time": dataclasses.replace(noise, time=lambda sigma_B: right(1.0 - sigma_B)),
+        }
+    predicts_v = subject.components.prediction == "v_prediction"
+    return {"prediction": dataclasses.replace(noise, prediction="epsilon" if predicts_v else "v_prediction")}
+
+
+def validation_draws_at_three_scales(subject: Subject) -> None:
+    """Through the real pipeline; scale 0 is the base image, the others differ from it."""
+    adapter = attached(subject, trained=True)
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = render(
+            subject.family,
+            subject.components,
+            adapter,
+            [PromptEntry(name="one", prompt=PROMPTS[0])],
+            folder=Path(folder),
+            step=1,
+            seeds=[1],
+            strengths=[-1.0, 0.0, 1.0],
+            global_strength=1.0,
+            settings=DrawSettings(
+                width=subject.size,
+                height=subject.size,
+                steps=2,
+                guidance_scale=subject.family.facts.guidance_scale,
+                num_frames=subject.media().shape[2] if "video" in subject.family.facts.modalities else 1,
+                extra=subject.family.facts.call_kwargs,
+            ),
+        )
+        pictures = {shot.scale: path.read_bytes() for shot, path in drawn.images.items()}
+        assert drawn.contact_sheet and drawn.contact_sheet.is_file()
+    assert set(pictures) == {-1.0, 0.0, 1.0}
+    assert len(set(pictures.values())) == 3, "images at -1, 0 and +1 are the same"
+
+
+RULES: dict[str, Callable[[Subject], None]] = {
+    rule.__name__: rule
+    for rule in (
+        every_target_learns_and_nothing_else_moves,
+        scale_zero_is_the_base_model,
+        minus_mirrors_plus,
+        no_target_sees_text_alone,
+        the_published_sampler_lands_on_the_clean_latents,
+        validation_draws_at_three_scales,
+    )
+}
+
+
+def attached(subject: Subject, trained: bool = False) -> LoraAdapter:
+    """A LoRA on the slider targets; `trained` gives it weights that are not zero."""
+    adapter = LoraAdapter(subject.denoiser, subject.targets().modules, rank=RANK, alpha=float(RANK))
+    if trained:
+        generator = torch.Generator().manual_seed(5)
+        for parameter in adapter.parameters():
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    return adapter
+
+
+def _loss(subject: Subject, positive: bool) -> Tensor:
+    """The bucket loss on two samples."""
+    process = noise_process(subject.family.facts, subject.components)
+    clean = subject.latents(2)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(13 if positive else 17))
+    time_B = process.at(0.6, 2)
+    text = subject.conditioning(PROMPTS)
+
+    def predict(noisy: Tensor, time_B: Tensor) -> Tensor:
+        return process.output(subject.family.predict(subject.components, noisy, process.told(time_B), text))
+
+    return learning_loss(predict, process.add_noise(clean, noise, time_B), time_B, process.target(clean, noise, time_B))
+
+
+def _inputs_of(subject: Subject, adapter: LoraAdapter) -> dict[str, Tensor]:
+    """The first input of each wrapped layer in one call."""
+    inputs: dict[str, Tensor] = {}
+    handles = [
+        subject.denoiser.get_submodule(name).register_forward_pre_hook(
+            lambda _, arguments, name=name: inputs.__setitem__(name, arguments[0].detach().clone())
+        )
+        for name in adapter.modules
+    ]
+    with torch.no_grad():
+        subject.predict(subject.latents(2), subject.conditioning(PROMPTS))
+    for handle in handles:
+        handle.remove()
+    return inputs
+
+
+def _gap(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max())

@@ -1,0 +1,83 @@
+"""A family on its tiny pipeline, with everything that the rules of this kit need at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slider_hooks import Components, Conditioning, LoadRequest, TargetRequest
+from slider_plugin.family import LoadedFamily
+from slider_plugin.targets import TargetPlan, resolve_targets
+
+PROMPTS = ("a red circle", "a photo of a large blue square on the left")
+FRAMES = 5  # of a test video: one, and one more group of four, which is how video autoencoders count
+
+
+@dataclass(slots=True)
+class Subject:
+    """A freshly loaded tiny model of one family."""
+
+    family: LoadedFamily
+    components: Components
+    size: int
+    """Side of a test image in pixels, or samples of a test sound."""
+
+    @classmethod
+    def load(cls, family: LoadedFamily, folder: Path) -> Subject:
+        """Load the tiny pipeline that `Family.tiny` wrote into `folder`, in float32 on the processor."""
+        options = {option.name: option.default for option in family.facts.options}
+        request = LoadRequest(model=str(folder), dtype=torch.float32, options=options)
+        return cls(family, family.load_components(request), family.facts.tiny_size)
+
+    @property
+    def denoiser(self) -> torch.nn.Module:
+        return self.components.denoiser
+
+    def media(self, count: int = 1, wider: int = 1) -> Tensor:
+        """Smooth test media in -1..1 as `encode_images` takes them; `wider` times as wide, or as long."""
+        modalities = self.family.facts.modalities
+        generator = torch.Generator().manual_seed(7)
+        if "audio" in modalities:
+            return torch.rand(count, 2, self.size * wider, generator=generator) * 2 - 1
+        shape = (count, 3, FRAMES, self.size, self.size * wider) if "video" in modalities else (
+            count, 3, self.size, self.size * wider)  # fmt: skip
+        return torch.rand(shape, generator=generator) * 2 - 1
+
+    @torch.no_grad()
+    def latents(self, count: int = 1, wider: int = 1) -> Tensor:
+        """Random latents of the shape that `encode_images` gives for `media`."""
+        like = self.family.encode_images(self.components, self.media(count, wider))
+        return torch.randn(like.shape, generator=torch.Generator().manual_seed(11))
+
+    @torch.no_grad()
+    def conditioning(self, prompts: Sequence[str] = PROMPTS[:1]) -> list[Conditioning]:
+        """What `encode_prompts` gives."""
+        return list(self.family.encode_prompts(self.components, prompts))
+
+    def predict(self, noisy: Tensor, conditioning: Sequence[Conditioning], time: float = 0.5) -> Tensor:
+        """One call of the denoiser, half way between image and noise."""
+        from slider_plugin.training.noise import noise_process
+
+        process = noise_process(self.family.facts, self.components)
+        time_B = process.at(time, len(noisy))
+        return self.family.predict(self.components, noisy, process.told(time_B), conditioning)
+
+    def targets(self, include_joint: bool = True) -> TargetPlan:
+        """The slider targets of the loaded model."""
+        return resolve_targets(self.family, self.denoiser, TargetRequest(slider=True, include_joint=include_joint), rank=1)
+
+
+@contextmanager
+def answered_by(denoiser: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Put another `forward` in the denoiser's place, on this object alone."""
+    denoiser.forward = forward
+    try:
+        yield
+    finally:
+        del denoiser.forward
