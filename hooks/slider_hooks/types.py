@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.nn import Module
 
 Conditioning = Mapping[str, "Tensor"]
 """What the denoiser wants to know about one prompt: named tensors **without** a batch dimension, so that prompts of
-different lengths can be stored one by one. `predict` receives one per sample and brings them together."""
+different lengths can be stored one by one. `predict` receives one per sample and brings them together. A sequence has its
+token axis first, `(T, ...)`, and so has its mask, `(T,)`."""
 
 
 # --- Facts that a family states --------------------------------------------------------------------------------------
@@ -212,6 +212,12 @@ class Family:
     tiny_size: int = 32
     """Side in pixels of the images that the tiny pipeline works on, or length in samples of its sounds."""
 
+    tiny_latents: tuple[int, ...] | None = None
+    """Shape `(C, h, w)` of the latents in tests, where `encode_images` cannot work in this version; None where it can."""
+
+    limits: str = ""
+    """One line on what this family cannot do in this version, for lists and tables; "" where it can do all."""
+
     contract: tuple[int, int] = (1, 0)
     """The version of the contract that this module was written for; whoever needs more than 1.0 states it."""
 
@@ -243,8 +249,9 @@ class LoadRequest:
 class Components:
     """A loaded model. Mutable: the host moves and releases parts of it."""
 
-    denoiser: Module
-    """What is trained, in evaluation mode and frozen; adapters are injected into it in place."""
+    denoiser: Any
+    """What is trained: a `torch.nn.Module` (Any, since one of diffusers also has a `config`), frozen and in evaluation mode;
+    adapters are injected into it in place."""
 
     pipeline: Any
     """The diffusers pipeline (or an object with its call) around the same denoiser. The host calls its `to(device)` where it

@@ -23,7 +23,7 @@ def stacked(conditioning: Sequence[Mapping[str, Tensor]], name: str) -> Tensor:
 
 
 def padded(conditioning: Sequence[Mapping[str, Tensor]], name: str) -> tuple[Tensor, Tensor]:
-    """One tensor `(B, T, ...)` of sequences `(T_i, ...)`, zeros behind the shorter ones, and its mask `(B, T)`, 1 where text."""
+    """One tensor `(B, T, ...)` of sequences `(T_i, ...)`, zeros behind shorter ones, and its mask `(B, T)`, 1 where text."""
     import torch
 
     sequences = [c[name] for c in conditioning]

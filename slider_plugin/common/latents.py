@@ -18,8 +18,7 @@ def normalised_by_channel(vae: Any, frames_BCFHW: Tensor) -> Tensor:
     """
     from slider_plugin.loading import posterior_mode
 
-    z_BCfhw = posterior_mode(vae.encode(frames_BCFHW))
-    mean, std = (
-        z_BCfhw.new_tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
+    z_BCfhw: Tensor = posterior_mode(vae.encode(frames_BCFHW))
+    statistics = vae.config.latents_mean, vae.config.latents_std
+    mean, std = (z_BCfhw.new_tensor(by_channel).view(1, -1, 1, 1, 1) for by_channel in statistics)
     return (z_BCfhw - mean) / std
