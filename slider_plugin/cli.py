@@ -104,6 +104,27 @@ def validate(
 
 
 @app.command()
+def targets(
+    family: Annotated[str, typer.Argument(help="Model family, see `slider plugins list`")],
+    model: Annotated[Path | None, typer.Option(help="Folder of a pipeline, instead of the published model")] = None,
+    flavour: Annotated[str | None, typer.Option(help="Published version, instead of the default one")] = None,
+    include_joint: Annotated[bool, typer.Option(help="Modules that see text and image tokens together, too")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="One object")] = False,
+) -> None:
+    """Show where a slider attaches on a published model; needs no weights and no download."""
+    _quiet_libraries()
+    from slider_plugin import targets_cmd
+    from slider_plugin.registry import Plugins
+
+    loaded = Plugins.discover().load(family)
+    facts = targets_cmd.target_facts(loaded, model, flavour, include_joint)
+    if as_json:
+        sys.stdout.write(targets_cmd.as_json(facts) + "\n")
+    else:
+        console.out.print(targets_cmd.render(facts, loaded.facts.limits))
+
+
+@app.command()
 def demo(
     family: Annotated[str, typer.Option(help="sd1 or z_image")] = "sd1",
     concept: Annotated[str, typer.Option(help="size or brightness")] = "size",

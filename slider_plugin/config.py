@@ -68,12 +68,18 @@ class _Strict(BaseModel):
 
 
 class BucketConfig(_Strict):
-    """One image folder of the dataloader JSON, with the strength its images stand for."""
+    """One folder of the dataloader JSON, with the strength its images stand for."""
 
     id: str = Field(min_length=1, description="unique name of the bucket")
     instance_data_dir: Path = Field(
-        description="folder of images, searched recursively; relative to the dataloader file, or to the current directory"
+        description="folder of images, videos or sounds, with what is below it; relative to the dataloader file or to here"
     )
+    dataset_type: Literal["image", "video", "audio"] = Field(
+        "image", description="image; video: mp4, webm, gif or folders of frames; audio: wav, flac"
+    )
+    num_frames: Count | None = Field(None, description="frames of a training clip, from the middle of each video")
+    fps: Positive | None = Field(None, description="frames per second that are taken of a video; None takes every frame")
+    seconds: Positive | None = Field(None, description="length of a training sound, from the middle of each file")
     slider_strength: Strength | None = Field(
         None, description="positive: more of the concept; negative: less; 0 or absent: neutral"
     )
@@ -219,6 +225,9 @@ class RunConfig(_Strict):
     validation_guidance: NotNegative | None = Field(None, description="guidance scale; None is the family's own")
     validation_resolution: Annotated[str | None, BeforeValidator(_size)] = Field(
         None, description="edge in pixels or WIDTHxHEIGHT; None is that of the buckets"
+    )
+    validation_num_video_frames: Count | None = Field(
+        None, description="frames of a video that is drawn; None is that of the buckets"
     )
     validation_seed: Seed | None = Field(None, description="None is the run's seed")
     num_validation_images: Count = Field(1, description="seeds per prompt")

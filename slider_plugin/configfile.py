@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from slider_hooks import Family, Option
 from slider_plugin.config import BucketConfig, PromptConfig, RunConfig
+from slider_plugin.data.captions import with_lyrics
 from slider_plugin.documents import parse_flags, read_document
 from slider_plugin.errors import ConfigError, UserError
 from slider_plugin.known_keys import (
@@ -24,6 +25,7 @@ from slider_plugin.known_keys import (
     CONFIG_KEYS,
     ENTRY_KEYS,
     ENTRY_RENAMED,
+    FOREIGN_DATA,
     PROMPT_KEYS,
     PROMPT_RENAMED,
     REGULARISATION,
@@ -309,13 +311,15 @@ class _Reader:
         if entry.get("dataset_type") in CACHES:
             self.notes.append(f"{place} is ignored: {ENTRY_KEYS['cache_dir'].why}")
             return None
-        foreign = any(ENTRY_KEYS[key].verdict(entry.get(key)) == "refused" for key in ("type", "dataset_type"))
+        foreign = ENTRY_KEYS["type"].verdict(entry.get("type")) == "refused" or entry.get("dataset_type") in FOREIGN_DATA
         if foreign and any(_typed(bool, entry.get(key)) for key in ("disabled", "disable")):
-            self.notes.append(f"{place} is ignored: it is disabled, and no image folder")
+            self.notes.append(f"{place} is ignored: it is disabled, and no folder of images")
             return None
         keys = {k: v for k, v in entry.items() if k not in REGULARISATION}
         if len(keys) < len(entry):
             self._regularisation(entry, place)
+        if isinstance(entry.get("video"), dict) and set(entry["video"]) <= {"num_frames"}:
+            keys = {k: v for k, v in keys.items() if k != "video"} | entry["video"]
         own = self._settle(keys, BucketConfig, ENTRY_KEYS, place, base)
         inherited = {key: defaults[key] for key in INHERITED if defaults.get(key) is not None}
         bucket: BucketConfig | None = self._validated(BucketConfig, inherited | own, place)
@@ -390,8 +394,17 @@ class _Reader:
             return None
         if "name" in value:
             self.problems.append(f"{place}: name: take it out; a prompt's name is the key in front of it")
-        own = self._settle({k: v for k, v in value.items() if k != "name"}, PromptConfig, PROMPT_KEYS, place, None)
+        keys = {k: v for k, v in value.items() if k not in ("name", "lyrics")}
+        own = self._settle(keys, PromptConfig, PROMPT_KEYS, place, None)
+        if "lyrics" in value:
+            own["prompt"] = self._sung(own.get("prompt", ""), value["lyrics"], place)
         prompt: PromptConfig | None = self._validated(PromptConfig, own | {"name": name.strip()}, place)
+        return prompt
+
+    def _sung(self, prompt: Any, lyrics: Any, place: str) -> Any:
+        if isinstance(lyrics, str) and isinstance(prompt, str):
+            return with_lyrics(prompt, lyrics)
+        self.problems.append(f"{place}: lyrics: {shown(lyrics)} is not text")
         return prompt
 
     # --- checks ---

@@ -205,13 +205,12 @@ CONFIG_KEYS: Mapping[str, Known] = {
 }
 """Keys of SimpleTuner's config.json."""
 
-_KIND = "only image folders are trained; take the entry out, or write disabled: true"
+_KIND = "only folders of images, videos or sounds are trained; take the entry out, or write disabled: true"
 _PAIRED = "only images and their captions are trained; take it out"
 _WINDOW = "a bucket takes part from beginning to end; take it out"
 
 ENTRY_KEYS: Mapping[str, Known] = {
     "type": _refused("local", "only folders on this machine are read; download the images and write local", "local"),
-    "dataset_type": _refused("image", _KIND, "image"),
     "default": _ignored(False, "it matters for text embeddings only"),
     "crop_aspect_buckets": _refused(None, "crop_aspect is square or preserve; take it out", []),
     "max_upscale_threshold": _refused(None, "use minimum_image_size"),
@@ -229,8 +228,8 @@ ENTRY_KEYS: Mapping[str, Known] = {
     "conditioning": _refused(None, _PAIRED, []),
     "conditioning_type": _refused(None, _PAIRED),
     "source_dataset_id": _refused(None, _PAIRED),
-    "video": _refused(None, _PAIRED, {}),
-    "audio": _refused(None, _PAIRED, {}),
+    "video": _refused(None, "write num_frames and fps beside it instead", {}),
+    "audio": _refused(None, "write seconds beside it instead", {}),
     "text_embeds": _ignored(None, _CACHE),
     "image_embeds": _ignored(None, _CACHE),
     "conditioning_image_embeds": _ignored(None, _CACHE),
@@ -257,13 +256,15 @@ ENTRY_KEYS: Mapping[str, Known] = {
 CACHES = ("text_embeds", "image_embeds", "conditioning_image_embeds", "distillation_cache")
 """Kinds of entries that say only where something is cached."""
 
+FOREIGN_DATA = ("conditioning", "eval", "caption")
+"""Kinds of entries whose data is not trained here."""
+
 REGULARISATION = ("is_regularisation_data", "is_regularization_data")
 """What SimpleTuner calls images whose prediction must not change. Here they are those without slider_strength."""
 
 PROMPT_KEYS: Mapping[str, Known] = {
     "bbox_entities": _refused(None, "boxes are not supported; take it out", []),
     "bbox_keyframes": _refused(None, "boxes are not supported; take it out", []),
-    "lyrics": _refused(None, "only images are drawn; take it out"),
 }
 """Keys of an entry of SimpleTuner's prompt library."""
 
@@ -294,6 +295,7 @@ VALUES: Mapping[str, Mapping[Any, Value]] = {
     "report_to": {"wandb": _TRACKER, "comet_ml": _TRACKER, "all": _TRACKER, "swanlab": _TRACKER},
     "caption_strategy": {"parquet": _COLUMNS, "huggingface": _COLUMNS, "csv": _COLUMNS, "webshart": _COLUMNS},
     "crop_aspect": {"random": _SAMPLED_CROP, "closest": _SAMPLED_CROP},
+    "dataset_type": {kind: Value(_KIND) for kind in FOREIGN_DATA},
     "crop_style": {"face": Value("faces are not looked for; write center, random or corner")},
 }
 """Values of our own keys that SimpleTuner has and we have not."""

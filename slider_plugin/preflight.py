@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from slider_hooks import TargetRequest
+from slider_hooks import Family, TargetRequest
 from slider_plugin.config import RunConfig
 from slider_plugin.data.buckets import Bucket, Buckets, open_buckets
 from slider_plugin.data.sampler import cycle_length
@@ -67,6 +67,7 @@ def preflight(config: RunConfig, family: LoadedFamily) -> Preflight:
         else None
     )
     opened = _or_note(problems, lambda: open_buckets(config, alignment(config)))
+    problems.extend(foreign_data(config, family.facts))
     _or_note(problems, lambda: check_output(config))
     if problems or model is None or opened is None:
         raise ConfigError(problems)
@@ -104,6 +105,22 @@ def _facts(config: RunConfig, model: str, targets: TargetPlan | None, denoiser: 
         neutral_scale=config.neutral_strength or max((abs(b.strength or 0.0) for b in opened.buckets), default=0.0) or 1.0,
         size=_most_common_size(opened),
     )
+
+
+def foreign_data(config: RunConfig, family: Family) -> list[str]:
+    """Buckets of data that the family does not make."""
+    makes = set(family.modalities) | ({"image"} if "video" in family.modalities else set())
+    return [
+        f"bucket {bucket.id!r}: dataset_type {bucket.dataset_type}, but {family.name} makes {' and '.join(family.modalities)}"
+        for bucket in config.buckets
+        if bucket.dataset_type not in makes and not bucket.disabled
+    ]
+
+
+def num_frames(config: RunConfig) -> int:
+    """Frames of a video that is drawn: as asked for, or as many as the longest training clip has."""
+    clips = [bucket.num_frames or 1 for bucket in config.buckets]
+    return config.validation_num_video_frames or max(clips, default=1)
 
 
 def _most_common_size(opened: Buckets) -> tuple[int, int]:

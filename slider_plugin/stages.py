@@ -20,7 +20,7 @@ from slider_plugin.data.encode import Encoded, encode_once
 from slider_plugin.errors import UserError
 from slider_plugin.export import export_diffusers, slider_metadata
 from slider_plugin.files import write_json
-from slider_plugin.preflight import EXPORTED, Preflight, model_of, target_request
+from slider_plugin.preflight import EXPORTED, Preflight, model_of, num_frames, target_request
 from slider_plugin.targets import TargetPlan, resolve_targets
 from slider_plugin.training.checkpoint import Position, find_checkpoint, load_checkpoint, save_checkpoint
 from slider_plugin.training.loop import StepReport, Trainer
@@ -269,6 +269,7 @@ def draw(
             steps=config.validation_num_inference_steps,
             guidance_scale=guidance,
             negative_prompt=config.validation_negative_prompt,
+            num_frames=num_frames(config),
             extra=family.facts.call_kwargs,
             batch_size=max(1, PIXELS_AT_ONCE // (size[0] * size[1])),
         ),

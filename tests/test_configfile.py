@@ -388,7 +388,7 @@ def test_what_buckets_inherit(project: Callable[..., Path]) -> None:
 
 def test_entries_that_are_no_buckets(project: Callable[..., Path]) -> None:
     caches = {"id": "text", "type": "aws", "dataset_type": "text_embeds", "default": True, "cache_dir": "x"}
-    video = {"id": "film", "dataset_type": "video", "disabled": True, "video": {"num_frames": 5}}
+    video = {"id": "film", "dataset_type": "eval", "disabled": True}
     path = buckets(project(), entry("more", 1), entry("less", -1, disable="true"), caches, video)
     config, notes = read_config(path)
     assert [(b.id, b.disabled) for b in config.buckets] == [("more", False), ("less", True)]
@@ -399,7 +399,8 @@ def test_entries_that_are_no_buckets(project: Callable[..., Path]) -> None:
     ("keys", "said"),
     [
         ({"type": "aws"}, "local"),
-        ({"dataset_type": "video"}, "image"),
+        ({"audio": {"max_duration_seconds": 3}}, "seconds"),
+        ({"video": {"bucket_strategy": "x"}}, "num_frames"),
         ({"dataset_type": "conditioning"}, "image"),
         ({"metadata_backend": "parquet"}, "discovery"),
         ({"caption_strategy": "parquet"}, "textfile"),

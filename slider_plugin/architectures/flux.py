@@ -67,7 +67,7 @@ FAMILY = Family(
         time=r"time_text_embed\.timestep_embedder\.linear_[12]",
         forbidden=r"context_embedder|time_text_embed\.text_embedder\..+|.*\.(add_[qkv]_proj|to_add_out)|.*ff_context\..+",
         standard=r"(single_)?transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)",
-        documented=("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.to_qkv"),
+        documented=("to_q", "to_k", "to_v", "to_out.0", "to_qkv"),
         controlnet=r"(single_)?transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)",
     ),
     controlnet_class="FluxControlNetModel",

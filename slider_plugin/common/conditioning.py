@@ -34,3 +34,15 @@ def padded(conditioning: Sequence[Mapping[str, Tensor]], name: str) -> tuple[Ten
 def without_padding(embeds_BTD: Tensor, mask_BT: Tensor) -> list[Tensor]:
     """The sequences `(T_i, D)` that a mask keeps."""
     return [embeds_TD[mask_T.bool()] for embeds_TD, mask_T in zip(embeds_BTD, mask_BT, strict=True)]
+
+
+def prompts_or_negative(prompts: Sequence[str], encoded: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    """`prompt_embeds` `(T_i, D)` of each prompt, where a pipeline puts an instruction before prompts but not before "".
+
+    Args:
+        prompts: texts; "" takes what the pipeline gives its empty negative prompt.
+        encoded: what `encode_prompt` gave under guidance: embeddings `(B, T, D)`, their mask `(B, T)`, the negative's two.
+    """
+    embeds_BTD, mask_BT, negative_BTD, negative_mask_BT = encoded
+    pairs = zip(without_padding(embeds_BTD, mask_BT), without_padding(negative_BTD, negative_mask_BT), strict=True)
+    return [{"prompt_embeds": own if text else empty} for text, (own, empty) in zip(prompts, pairs, strict=True)]

@@ -22,3 +22,15 @@ def normalised_by_channel(vae: Any, frames_BCFHW: Tensor) -> Tensor:
     statistics = vae.config.latents_mean, vae.config.latents_std
     mean, std = (z_BCfhw.new_tensor(by_channel).view(1, -1, 1, 1, 1) for by_channel in statistics)
     return (z_BCfhw - mean) / std
+
+
+def normalised_by_buffers(vae: Any, frames_BCFHW: Tensor) -> Tensor:
+    """The same for LTX's autoencoders, `(z - latents_mean) * scaling_factor / latents_std`, `(B, C, f, h, w)`.
+
+    The statistics are buffers of the model, and not in its configuration (diffusers autoencoder_kl_ltx.py).
+    """
+    from slider_plugin.loading import posterior_mode
+
+    z_BCfhw: Tensor = posterior_mode(vae.encode(frames_BCFHW))
+    mean, std = (values.view(1, -1, 1, 1, 1).to(z_BCfhw) for values in (vae.latents_mean, vae.latents_std))
+    return (z_BCfhw - mean) * vae.config.scaling_factor / std

@@ -1,4 +1,4 @@
-"""Buckets: the image folders of a run, scanned, checked, and dealt out in batches of one shape.
+"""Buckets: the image, video or sound folders of a run, scanned, checked, and dealt out in batches of one shape.
 
 Scanning reads headers, not pixels. Everything that is wrong with any bucket is reported in one go.
 """
@@ -17,8 +17,9 @@ from typing import TypeVar
 from slider_hooks import BucketInfo
 from slider_plugin.config import BucketConfig, RunConfig
 from slider_plugin.data.captions import CaptionError, caption_problems, captions_of
-from slider_plugin.data.geometry import Placement, Size, excluded, geometry_problems, placement
-from slider_plugin.data.images import SUFFIXES, ImageError, check_image, find_images
+from slider_plugin.data.geometry import Placement, Size, geometry_problems
+from slider_plugin.data.images import ImageError
+from slider_plugin.data.media import KINDS, Kind, problems_of
 from slider_plugin.errors import ConfigError, UserError
 
 LISTED = 20
@@ -59,6 +60,7 @@ class Bucket:
     probability: float
     repeats: int
     items: tuple[Item, ...]
+    config: BucketConfig
     _latest: tuple[tuple[int, int, int], Plan] | None = field(default=None, init=False, repr=False)
 
     def info(self, batch_size: int) -> BucketInfo:
@@ -159,12 +161,12 @@ class _Scan:
     def problems(self) -> list[str]:
         lines = [*self.faults, *_shortened([] if self.skip_unreadable else self.unreadable), *_shortened(self.captionless)]
         if not self.items and not self.captionless and (self.left_out or (self.unreadable and self.skip_unreadable)):
-            lines.append(f"none of the images in {self.config.instance_data_dir} can be used: {self._reasons()}")
+            lines.append(f"none of the {self.kind.noun} in {self.config.instance_data_dir} can be used: {self._reasons()}")
         return [f"bucket {self.config.id!r}: {line}" for line in lines]
 
     def warnings(self) -> list[str]:
         lines = [f"left out: {line}" for line in _shortened(self.unreadable)]
-        lines += [f"left out: {_images(count)} {reason}" for reason, count in sorted(self.left_out.items())]
+        lines += [f"left out: {_counted(count, self.kind)} {reason}" for reason, count in sorted(self.left_out.items())]
         return [f"bucket {self.config.id!r}: {line}" for line in lines]
 
     def _reasons(self) -> str:
@@ -174,12 +176,19 @@ class _Scan:
     def bucket(self) -> Bucket:
         c = self.config
         items = tuple(sorted(self.items, key=lambda item: _name(item.path, c)))
-        return Bucket(name=c.id, strength=c.slider_strength, probability=c.probability, repeats=c.repeats, items=items)
+        return Bucket(c.id, c.slider_strength, c.probability, c.repeats, items, c)
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.config.dataset_type]
 
 
 def _scan(bucket: BucketConfig, config: RunConfig, alignment: int) -> _Scan:
     captions_wrong = caption_problems(bucket)
-    scan = _Scan(bucket, config.skip_unreadable_images, geometry_problems(bucket, alignment) + captions_wrong)
+    faults = problems_of(bucket)
+    scan = _Scan(bucket, config.skip_unreadable_images, faults + geometry_problems(bucket, alignment) + captions_wrong)
+    if faults:
+        return scan
     for path in _candidates(bucket, scan.faults):
         if len(scan.items) == bucket.max_num_samples:
             break
@@ -193,29 +202,29 @@ def _scan(bucket: BucketConfig, config: RunConfig, alignment: int) -> _Scan:
 
 
 def _look_at(path: Path, scan: _Scan, config: RunConfig, alignment: int, captioned: bool) -> None:
-    size = check_image(path, config.max_image_pixels)
-    if reason := excluded(*size, scan.config):
-        scan.left_out[reason] += 1
+    name = _name(path, scan.config)
+    found = scan.kind.look(path, scan.config, config.max_image_pixels, alignment, config.seed, name)
+    if found.placement is None:
+        scan.left_out[found.left_out] += 1
         return
     captions = captions_of(path, scan.config) if captioned else ()
-    where = placement(*size, scan.config, alignment, config.seed, _name(path, scan.config))
-    scan.items.append(Item(path, captions, size, where))
+    scan.items.append(Item(path, captions, found.size, found.placement))
 
 
 def _candidates(bucket: BucketConfig, faults: list[str]) -> list[Path]:
     """The images of a folder in the order in which they are taken; what is wrong with the folder goes to `faults`."""
-    folder = bucket.instance_data_dir
+    folder, kind = bucket.instance_data_dir, KINDS[bucket.dataset_type]
     if not folder.is_dir():
         state = "is not a folder" if folder.exists() else "does not exist"
         faults.append(f"instance_data_dir {folder} {state}: correct the path")
         return []
     try:
-        found = find_images(folder)
+        found = kind.find(folder)
     except UserError as error:
         faults.append(str(error))
         return []
     if not found:
-        faults.append(f"no images in {folder}: add some ({', '.join(sorted(SUFFIXES))})")
+        faults.append(f"no {kind.noun} in {folder}: add some ({', '.join(sorted(kind.suffixes))})")
     return found if bucket.max_num_samples is None else sorted(found, key=lambda path: _lot(path, bucket))
 
 
@@ -282,6 +291,10 @@ def _of_one(bucket: Bucket) -> list[str]:
 
 def _samples(buckets: Iterable[Bucket]) -> int:
     return sum(len(bucket.items) * (1 + bucket.repeats) for bucket in buckets)
+
+
+def _counted(count: int, kind: Kind) -> str:
+    return f"{count} {kind.noun}" if count != 1 else f"1 {kind.noun.removesuffix('s')}"
 
 
 def _images(count: int) -> str:

@@ -1,6 +1,7 @@
 """Where the caption of an image comes from: its file name, a text file beside it, or one prompt for all.
 
-An image may have several captions (variants); one is chosen each time it is shown.
+An image may have several captions (variants); one is chosen each time it is shown. A sound may have lyrics in a file beside it
+(`song.lyrics` for `song.wav`), which follow the caption after a line `[lyrics]`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from pathlib import Path
 
 from slider_plugin.config import BucketConfig
 from slider_plugin.errors import UserError
+
+LYRICS = "[lyrics]"
+"""The line between a caption and what is sung."""
 
 
 class CaptionError(UserError):
@@ -26,6 +30,12 @@ def caption_problems(bucket: BucketConfig) -> list[str]:
 
 
 def captions_of(path: Path, bucket: BucketConfig) -> tuple[str, ...]:
+    """The captions of a file, with its lyrics where it is a sound that has them."""
+    captions = _captions(path, bucket)
+    return _sung(path, captions) if bucket.dataset_type == "audio" else captions
+
+
+def _captions(path: Path, bucket: BucketConfig) -> tuple[str, ...]:
     """The caption variants of the image at `path`, at least one, none of them empty.
 
     Raises:
@@ -38,6 +48,25 @@ def captions_of(path: Path, bucket: BucketConfig) -> tuple[str, ...]:
     return tuple(f"{prompt} {caption}" for caption in captions) if bucket.prepend_instance_prompt else captions
 
 
+def with_lyrics(caption: str, lyrics: str) -> str:
+    """A caption and what is sung, as one text; families of music part it again at the line `[lyrics]`."""
+    return f"{caption}\n{LYRICS}\n{lyrics.strip()}" if lyrics.strip() else caption
+
+
+def _sung(path: Path, captions: tuple[str, ...]) -> tuple[str, ...]:
+    """The captions with the lyrics beside the file, if there are any."""
+    beside = _beside(path, ".lyrics")
+    if not beside.is_file():
+        return captions
+    lyrics = _read(beside, path)
+    return tuple(with_lyrics(caption, lyrics) for caption in captions)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    """The file with another suffix; beside a folder of frames its whole name counts."""
+    return path.with_name(path.name + suffix) if path.is_dir() else path.with_suffix(suffix)
+
+
 def _from_name(path: Path) -> tuple[str, ...]:
     caption = " ".join(path.stem.replace("_", " ").split())
     if not caption:
@@ -46,7 +75,7 @@ def _from_name(path: Path) -> tuple[str, ...]:
 
 
 def _from_text(path: Path, whole: bool) -> tuple[str, ...]:
-    beside = path.with_suffix(".txt")
+    beside = _beside(path, ".txt")
     text = _read(beside, path)
     captions = tuple(part.strip() for part in ([text] if whole else text.splitlines()) if part.strip())
     if not captions:

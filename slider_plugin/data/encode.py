@@ -15,9 +15,8 @@ from torch import Tensor
 
 from slider_hooks import BucketInfo, Components, Conditioning, Draw
 from slider_plugin.config import RunConfig
-from slider_plugin.data.buckets import Bucket, Item
-from slider_plugin.data.geometry import place
-from slider_plugin.data.images import load_image
+from slider_plugin.data.buckets import Bucket
+from slider_plugin.data.media import KINDS
 from slider_plugin.errors import UserError
 from slider_plugin.training.seeds import generator
 
@@ -26,7 +25,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-IMAGES_AT_ONCE = 8
+AT_ONCE = {"image": 8, "video": 1, "audio": 1}
+"""Of each kind, how many are encoded in one go."""
+
 PROMPTS_AT_ONCE = 16
 
 
@@ -51,7 +52,7 @@ class Encoded:
 
     buckets: dict[str, Bucket]
     latents: dict[tuple[str, Path], Tensor]
-    """By bucket and file, `(C, H, W)` float32 on the CPU."""
+    """By bucket and file, `(C, H, W)` or what the family makes of its media, float32 on the CPU."""
 
     prompts: dict[str, Conditioning]
     """By caption, on the CPU."""
@@ -95,14 +96,13 @@ def encode_once(
     Raises:
         UserError: an image cannot be decoded after all, or an encoder gave values that are not finite.
     """
-    pairs = [(bucket.name, item) for bucket in buckets for item in bucket.items]
     captions = {c: None for bucket in buckets for item in bucket.items for c in item.captions}
     if config.caption_dropout_probability:
         captions[""] = None
     with torch.no_grad():
         return Encoded(
             buckets={bucket.name: bucket for bucket in buckets},
-            latents=dict(_encode_images(family, components, pairs, config.max_image_pixels, device)),
+            latents=dict(_encode_images(family, components, buckets, config.max_image_pixels, device)),
             prompts=dict(_encode_prompts(family, components, list(captions))),
             seed=config.seed,
             batch_size=config.train_batch_size,
@@ -112,29 +112,29 @@ def encode_once(
 
 
 def _encode_images(
-    family: LoadedFamily, components: Components, pairs: Sequence[tuple[str, Item]], max_pixels: int, device: torch.device
+    family: LoadedFamily, components: Components, buckets: Sequence[Bucket], max_pixels: int, device: torch.device
 ) -> Iterator[tuple[tuple[str, Path], Tensor]]:
-    by_shape: dict[tuple[int, int], list[tuple[str, Item]]] = {}
-    for name, item in pairs:
-        by_shape.setdefault(item.placement.target, []).append((name, item))
-    dtype = _image_dtype(components)
-    for group in by_shape.values():
-        for chunk in _chunks(group, IMAGES_AT_ONCE):
-            images_BCHW = torch.stack([pixels(item, max_pixels) for _, item in chunk]).to(device, dtype)
-            latents_BCHW = family.encode_images(components, images_BCHW).float().cpu()
-            for (name, item), latents_CHW in zip(chunk, latents_BCHW, strict=True):
-                if not torch.isfinite(latents_CHW).all():
-                    raise UserError(f"{item.path}: its latents are not finite; try mixed_precision no")
-                yield (name, item.path), latents_CHW.clone()
+    dtype, frames = _image_dtype(components), "video" in family.facts.modalities
+    for bucket in buckets:
+        kind, rate = KINDS[bucket.config.dataset_type], sampling_rate(components)
+        for places in bucket.shapes().values():
+            for chunk in _chunks(places, AT_ONCE[bucket.config.dataset_type]):
+                items = [bucket.items[i] for i in chunk]
+                loaded = [kind.load(item.path, bucket.config, item.placement, max_pixels, rate) for item in items]
+                media_B = torch.stack(loaded).to(device, dtype)
+                if frames and media_B.ndim == 4:
+                    media_B = media_B.unsqueeze(2)  # an image is a video of one frame
+                latents_B = family.encode_images(components, media_B).float().cpu()
+                for item, latents in zip(items, latents_B, strict=True):
+                    if not torch.isfinite(latents).all():
+                        raise UserError(f"{item.path}: its latents are not finite; try mixed_precision no")
+                    yield (bucket.name, item.path), latents.clone()
 
 
-def pixels(item: Item, max_pixels: int) -> Tensor:
-    """The training image of an item, float32 `(3, H, W)` in -1..1."""
-    import numpy as np
-
-    image = place(load_image(item.path, max_pixels), item.placement)
-    array_HWC = np.asarray(image, dtype=np.float32) / 127.5 - 1.0
-    return torch.from_numpy(array_HWC).permute(2, 0, 1).contiguous()
+def sampling_rate(components: Components) -> int:
+    """Samples per second of the model's sounds; 0 for a model that makes none."""
+    config = getattr(getattr(components.pipeline, "vae", None), "config", {})
+    return int(config.get("sampling_rate") or config.get("sample_rate") or 0)
 
 
 def _image_dtype(components: Components) -> torch.dtype:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -52,12 +52,12 @@ def redraw_zeros(model: M, std: float = 0.02) -> M:
     return model
 
 
-def autoencoder(latent_channels: int, shift_factor: float | None = 0.1) -> AutoencoderKL:
-    """A quarter of the side, as `(H, W)` 64 to `(h, w)` 16."""
+def autoencoder(latent_channels: int, shift_factor: float | None = 0.1, blocks: int = 3) -> AutoencoderKL:
+    """A quarter of the side, as `(H, W)` 64 to `(h, w)` 16; an eighth with 4 blocks, which some pipelines take for granted."""
     return AutoencoderKL(
-        block_out_channels=(8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8,) * blocks,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
         layers_per_block=1,
         latent_channels=latent_channels,
         norm_num_groups=2,
@@ -65,6 +65,27 @@ def autoencoder(latent_channels: int, shift_factor: float | None = 0.1) -> Autoe
         scaling_factor=0.5,
         shift_factor=shift_factor,
     )
+
+
+def unet(**changes: Any) -> UNet2DConditionModel:
+    """The denoiser of Stable Diffusion and its descendants, for 8x8 latents; `changes` are arguments of its class."""
+    sizes = {
+        "sample_size": 8,
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 24,
+        "attention_head_dim": 8,
+        "norm_num_groups": 8,
+    }
+    return UNet2DConditionModel(**sizes | changes)
+
+
+def ddim(**changes: Any) -> DDIMScheduler:
+    """A scheduler over the noise of Stable Diffusion; `changes` are arguments of its class."""
+    noise = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    return DDIMScheduler(**noise | {"clip_sample": False, "steps_offset": 1} | changes)
 
 
 def trained_tokenizer(kind: Any, vocab_size: int = 400, **kwargs: Any) -> Any:
