@@ -499,7 +499,7 @@ CHANGED: dict[str, Any] = {
     "checkpoint_step_interval": 5, "checkpoints_total_limit": 9, "resume_from_checkpoint": "latest", "report_to": "tensorboard",
     "tracker_project_name": "p", "validation_negative_prompt": None, "validation_adapter_strength": -1,
     "validation_strengths": [], "validation_step_interval": 4, "validation_num_inference_steps": 2, "validation_guidance": 0,
-    "validation_resolution": "64x32", "validation_seed": 3, "num_validation_images": 2, "validation_disable": True,
+    "validation_resolution": "64x32", "validation_num_video_frames": 9, "validation_seed": 3, "num_validation_images": 2, "validation_disable": True,
     "strict": True, "text_length": 99, "guidance_embedding": 1.5, "fast": True, "layout": "b",
 }  # fmt: skip
 BUCKET: dict[str, Any] = {
@@ -507,7 +507,7 @@ BUCKET: dict[str, Any] = {
     "prepend_instance_prompt": True, "only_instance_prompt": True, "disable_multiline_split": True, "resolution": 0.25,
     "resolution_type": "area", "crop": True, "crop_aspect": "preserve", "crop_style": "corner", "minimum_image_size": 0.1,
     "maximum_image_size": None, "target_downsample_size": None, "minimum_aspect_ratio": 0.5, "maximum_aspect_ratio": 2,
-    "max_num_samples": 3, "disabled": True,
+    "max_num_samples": 3, "disabled": True, "dataset_type": "video", "num_frames": 5, "fps": 12, "seconds": 3,
 }  # fmt: skip
 
 

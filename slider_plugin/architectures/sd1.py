@@ -12,30 +12,19 @@ from slider_hooks import Diffusion, Family, Flavour, Targets
 
 def tiny(folder: Path) -> None:
     """Write a random pipeline of a few hundred kilobytes: real classes, real tokenizer, 8x8 latents."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import StableDiffusionPipeline
 
-    from slider_plugin.testing.tiny import autoencoder, clip, redraw_zeros, seeded
+    from slider_plugin.testing import tiny as parts
 
-    with seeded(0):
-        text_encoder, tokenizer = clip(hidden_size=24)
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(32, 64),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=24,
-            attention_head_dim=8,
-            norm_num_groups=8,
-        )
+    with parts.seeded(0):
+        text_encoder, tokenizer = parts.clip(hidden_size=24)
+        unet = parts.unet()
         pipeline = StableDiffusionPipeline(
-            vae=autoencoder(latent_channels=4, shift_factor=None),
+            vae=parts.autoencoder(latent_channels=4, shift_factor=None),
             text_encoder=text_encoder,
             tokenizer=tokenizer,
-            unet=redraw_zeros(unet),
-            scheduler=DDIMScheduler(
-                beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
-            ),
+            unet=parts.redraw_zeros(unet),
+            scheduler=parts.ddim(),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
