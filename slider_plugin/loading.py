@@ -11,6 +11,9 @@ from typing import Any
 from slider_hooks import Components, Diffusion, Family, LoadRequest
 from slider_plugin.errors import UserError
 
+CLASS = "_class_name"
+"""Where a configuration names its class. A family that was published under more than one name lists them in `expects`."""
+
 INDEX_FILES = ("model_index.json", "modular_model_index.json")
 
 
@@ -35,18 +38,23 @@ def check_folder(family: Family, folder: Path) -> None:
             f"Give the folder that `save_pretrained` of a {family.title} pipeline wrote"
         )
     config = _read_json(folder / family.denoiser / "config.json", family)
-    found, wanted = config.get("_class_name"), family.denoiser_class.rpartition(":")[2]
-    if found != wanted:
+    wanted = family.denoiser_class.rpartition(":")[2]
+    if config.get(CLASS) not in family.expects.get(CLASS, (wanted,)):
         raise UserError(
-            f"{folder} is not a {family.title} model: its {family.denoiser} is a {found}, "
+            f"{folder} is not a {family.title} model: its {family.denoiser} is a {config.get(CLASS)}, "
             f"and family {family.name} trains {wanted}. Set model_family to the family of this model"
         )
-    wrong = {k: config.get(k) for k, allowed in family.expects.items() if config.get(k) not in allowed}
+    check_config(family, config, str(folder))
+
+
+def check_config(family: Family, config: Mapping[str, Any], model: str) -> None:
+    """Raise UserError unless the denoiser's configuration is of a kind that this family can train."""
+    wrong = {k: config.get(k) for k, allowed in family.expects.items() if k != CLASS and config.get(k) not in allowed}
     if wrong:
         details = ", ".join(f"{k} is {v!r} instead of {_or(family.expects[k])}" for k, v in wrong.items())
         raise UserError(
-            f"{folder} is not a {family.title} model that family {family.name} can train: in {family.denoiser}/config.json "
-            f"{details}. Set model_family to the family of this model"
+            f"{model} is not a {family.title} model that family {family.name} can train: in {family.denoiser}/config.json "
+            f"{details}. Set model_family to the family of this model, or use another version of it"
         )
 
 
@@ -109,9 +117,10 @@ def load_pipeline_components(family: Family, request: LoadRequest) -> Components
             variant=request.variant,
             **family.load_kwargs,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # ImportError: a part needs a library that is not installed
         raise UserError(f"{request.model} could not be loaded as a {family.title} pipeline: {_first_line(error)}") from error
     denoiser = getattr(pipeline, family.denoiser)
+    check_config(family, getattr(denoiser, "config", {}), request.model)
     for part in pipeline.components.values():
         if hasattr(part, "requires_grad_"):
             part.requires_grad_(False).eval()

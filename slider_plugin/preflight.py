@@ -150,14 +150,15 @@ def model_of(config: RunConfig, family: LoadedFamily) -> str:
     if not model:
         raise UserError(f"pretrained_model_name_or_path: {facts.name} has no published default; give a model folder")
     folder = model_folder(facts, model)
-    if folder is not None and uses_default_loader(family):
+    if folder is not None and has_pipeline_folders(family):
         check_folder(facts, folder)
     return model
 
 
-def uses_default_loader(family: LoadedFamily) -> bool:
-    """Whether the family's models are plain diffusers pipeline folders."""
-    return str(family.describe()["hooks"]["load_components"]) == "default"
+def has_pipeline_folders(family: LoadedFamily) -> bool:
+    """Whether the family's models are diffusers pipeline folders: it names their class, or leaves loading to the host."""
+    loader = str(family.describe()["hooks"]["load_components"])
+    return bool(family.facts.pipeline_class) or loader in ("default", "wrapped default")
 
 
 def meta_denoiser(family: LoadedFamily, model: str) -> Module | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -304,6 +305,7 @@ def export(
         seed=config.seed,
         base_model=checked.model,
         objective="bucket",
+        extra={"slider.options": json.dumps(config.family_options, sort_keys=True)} if config.family_options else None,
     )
     path = config.output_dir / EXPORTED
     report = export_diffusers(adapter.state(), adapter.scalings(), family.facts.denoiser, metadata, path, torch.float32)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from slider_hooks import Family, ResolvedTargets, TargetRequest
 from slider_plugin.errors import UserError
-from slider_plugin.preflight import meta_denoiser, uses_default_loader
+from slider_plugin.preflight import has_pipeline_folders, meta_denoiser
 from slider_plugin.reference import reference_denoiser
 from slider_plugin.targets import DOCUMENTED, TargetPlan, match, resolve_targets, suffix_expression
 
@@ -82,7 +82,7 @@ def _in_folder(family: LoadedFamily, model: Path) -> Module:
     from slider_plugin.loading import check_folder, model_folder
 
     folder = model_folder(family.facts, str(model))
-    if folder is not None and uses_default_loader(family):
+    if folder is not None and has_pipeline_folders(family):
         check_folder(family.facts, folder)
     denoiser = meta_denoiser(family, str(model))
     if denoiser is None:

@@ -186,7 +186,8 @@ class Family:
     """Extra keyword arguments of the pipeline's call when it draws."""
 
     expects: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Denoiser configuration keys and the values this family can train; any other value is reported as a wrong model."""
+    """Denoiser configuration keys and the values this family can train; any other value is reported as a wrong model. With
+    `_class_name`, the names under which the class was published, where there are several."""
 
     modalities: tuple[Literal["image", "video", "audio"], ...] = ("image",)
     """What it makes. With `video` among them `encode_images` gets frames, with `audio` a waveform."""

@@ -5,11 +5,23 @@ Conventions: diffusers pipelines/flux/pipeline_flux.py:905-1000, examples/dreamb
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slider_hooks import Components, Conditioning, Family, Flavour, Flow, Option, Targets, hookimpl, sigma_as_is
+from slider_hooks import (
+    Components,
+    Conditioning,
+    Family,
+    Flavour,
+    Flow,
+    LoadRequest,
+    Option,
+    Targets,
+    UserError,
+    hookimpl,
+    sigma_as_is,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,8 +29,8 @@ if TYPE_CHECKING:
 GUIDANCE = Option(
     name="flux_guidance_value",
     type=float,
-    default=1.0,
-    help="the distilled guidance that the transformer is told while training; schnell has none",
+    default=None,
+    help="distilled guidance that the transformer is told while training, 1 unless given; schnell takes none",
 )
 
 
@@ -68,7 +80,8 @@ FAMILY = Family(
         forbidden=r"context_embedder|time_text_embed\.text_embedder\..+|.*\.(add_[qkv]_proj|to_add_out)|.*ff_context\..+",
         standard=r"(single_)?transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)",
         documented=("to_q", "to_k", "to_v", "to_out.0", "to_qkv"),
-        controlnet=r"(single_)?transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)",
+        controlnet=r"(single_)?transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)|x_embedder"
+        r"|time_text_embed\.timestep_embedder\.linear_[12]",
     ),
     controlnet_class="FluxControlNetModel",
     reference={"guidance_embeds": True},
@@ -87,6 +100,15 @@ FAMILY = Family(
     aliases=("flux1", "flux.1"),
     tiny=tiny,
 )
+
+
+@hookimpl(wrapper=True)
+def load_components(request: LoadRequest) -> Generator[None, Components, Components]:
+    """Refuse a guidance for a model that takes none, rather than train without it."""
+    components = yield
+    if request.options[GUIDANCE.name] is not None and not components.denoiser.config.guidance_embeds:
+        raise UserError(f"{GUIDANCE.name}: {request.model} takes no guidance (schnell does not); take the key out")
+    return components
 
 
 @hookimpl
@@ -109,7 +131,7 @@ def predict(components: Components, noisy: Tensor, time: Tensor, conditioning: S
     h, w = noisy.shape[-2:]
     embeds_BTD = stacked(conditioning, "prompt_embeds")
     guided = components.denoiser.config.guidance_embeds
-    guidance_B = torch.full_like(time, components.options[GUIDANCE.name]) if guided else None
+    guidance_B = torch.full_like(time, components.options[GUIDANCE.name] or 1.0) if guided else None
     tokens_BND = components.denoiser(
         hidden_states=pack_2x2(noisy),
         timestep=time,

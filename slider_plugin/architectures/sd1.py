@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from slider_hooks import Diffusion, Family, Flavour, Targets
+from slider_hooks import Diffusion, Family, Flavour
+from slider_plugin.common.unet import TARGETS
 
 
 def tiny(folder: Path) -> None:
@@ -41,14 +42,8 @@ FAMILY = Family(
     # The checker is no part of training, and loading it would cost more than the autoencoder does.
     load_kwargs={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
     noise=Diffusion(),
-    targets=Targets(
-        self_attention=r"(.*\.)?attn1\.(to_q|to_k|to_v|to_out\.0)",
-        projections=r".*attentions\.\d+\.proj_(in|out)",
-        io=r"conv_in|conv_out",
-        time=r"time_embedding\.linear_[12]",
-        forbidden=r"(.*\.)?attn2\..*",
-        standard=r"(.*\.)?attn[12]\.(to_q|to_k|to_v|to_out\.0)",
-    ),
+    targets=TARGETS,
+    controlnet_class="ControlNetModel",
     expects={
         "in_channels": (4, 16),  # 16 with an autoencoder of 16 channels; 9 is an inpainting model
         "addition_embed_type": (None,),  # "text_time" is SDXL

@@ -58,8 +58,10 @@ FAMILY = Family(
         io=r"all_x_embedder\.\d+-\d+|all_final_layer\.\d+-\d+\.linear",
         time=r"t_embedder\.mlp\.[02]",
         forbidden=r"context_refiner\..*|cap_embedder\..*|siglip_.*",
+        controlnet=r"control_(layers|noise_refiner)\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)|control_all_x_embedder\.\d+-\d+",
         standard=r"(noise_refiner|layers)\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)",
     ),
+    controlnet_class="ZImageControlNetModel",
     expects={"siglip_feat_dim": (None,)},  # Omni wants reference images, too
     guidance_scale=5.0,
     flavours={"turbo": Flavour(model="Tongyi-MAI/Z-Image-Turbo", source="diffusers docs: api/pipelines/z_image.md")},

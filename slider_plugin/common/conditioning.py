@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,3 +46,28 @@ def prompts_or_negative(prompts: Sequence[str], encoded: Sequence[Tensor]) -> li
     embeds_BTD, mask_BT, negative_BTD, negative_mask_BT = encoded
     pairs = zip(without_padding(embeds_BTD, mask_BT), without_padding(negative_BTD, negative_mask_BT), strict=True)
     return [{"prompt_embeds": own if text else empty} for text, (own, empty) in zip(prompts, pairs, strict=True)]
+
+
+def by_length(conditioning: Sequence[Mapping[str, Tensor]], name: str, call: Callable[[list[int]], Tensor]) -> Tensor:
+    """The denoiser's answer `(B, ...)` in one call for each length of text, where it has no mask that would hide padding.
+
+    Args:
+        conditioning: of each sample.
+        name: the sequence whose length counts.
+        call: from the places of samples of equal length in the batch to the answers for these.
+    """
+    import torch
+
+    lengths = [len(c[name]) for c in conditioning]
+    groups = [[i for i, own in enumerate(lengths) if own == length] for length in dict.fromkeys(lengths)]
+    answers = {i: answer for group in groups for i, answer in zip(group, call(group), strict=True)}
+    return torch.stack([answers[i] for i in range(len(lengths))])
+
+
+def after_instruction(pipeline: Any, prompts: Sequence[str], device: Any) -> list[dict[str, Tensor]]:
+    """`prompt_embeds` `(T_i, D)` of each prompt behind the instruction that the pipeline's own call puts there (Sana)."""
+    import inspect
+
+    instruction = inspect.signature(pipeline).parameters["complex_human_instruction"].default
+    encoded = pipeline.encode_prompt(list(prompts), device=device, complex_human_instruction=instruction)
+    return prompts_or_negative(prompts, encoded)

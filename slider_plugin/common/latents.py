@@ -33,4 +33,20 @@ def normalised_by_buffers(vae: Any, frames_BCFHW: Tensor) -> Tensor:
 
     z_BCfhw: Tensor = posterior_mode(vae.encode(frames_BCFHW))
     mean, std = (values.view(1, -1, 1, 1, 1).to(z_BCfhw) for values in (vae.latents_mean, vae.latents_std))
-    return (z_BCfhw - mean) * vae.config.scaling_factor / std
+    normalised: Tensor = (z_BCfhw - mean) * vae.config.scaling_factor / std
+    return normalised
+
+
+def normalised_squares(vae: Any, images_BCHW: Tensor, epsilon: float) -> Tensor:
+    """2x2 squares of the posterior's mode as channels, `(z - mean) / sqrt(variance + epsilon)` by channel, `(B, 4C, h, w)`.
+
+    The statistics are those of the autoencoder's batch norm (Flux.2: diffusers pipeline_flux2.py:608-617).
+    """
+    from torch.nn.functional import pixel_unshuffle
+
+    from slider_plugin.loading import posterior_mode
+
+    z_BChw: Tensor = pixel_unshuffle(posterior_mode(vae.encode(images_BCHW)), 2)
+    mean, variance = (values.view(1, -1, 1, 1).to(z_BChw) for values in (vae.bn.running_mean, vae.bn.running_var))
+    normalised: Tensor = (z_BChw - mean) / (variance + epsilon).sqrt()
+    return normalised

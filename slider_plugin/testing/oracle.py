@@ -1,17 +1,17 @@
 """A known answer for noising, time, target and latents: the family's real pipeline around a denoiser that is never wrong.
 
-The denoiser is replaced by one that knows the clean latents and the noise (that of its first call): for the time that it is
-given, it answers what `Flow` or `Diffusion` of the family says the right answer is, in the model's own layout. If sign, time
-and noise schedule are those of the published sampler, the pipeline's scheduler then walks to the clean latents exactly; with a
-wrong sign or a reversed time it ends elsewhere. What the pipeline finally hands to its autoencoder, brought back by
-`encode_images` from an autoencoder that returns just that, must be the clean latents again: so the scaling of latents is
-checked as well.
+The denoiser is replaced by one that knows the clean latents and the noise (that of its first call, or of each call where the
+sampler mixes in new noise on its way): for the time that it is given, it answers what `Flow` or `Diffusion` of the family
+says the right answer is, in the model's own layout. If sign, time and noise schedule are those of the published sampler, the
+pipeline's scheduler then walks to the clean latents exactly; with a wrong sign or a reversed time it ends elsewhere. What
+the pipeline finally hands to its autoencoder, brought back by `encode_images` from an autoencoder that returns just that, must
+be the clean latents again: so the scaling of latents is checked as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,13 +23,16 @@ from slider_plugin.testing.subject import PROMPTS, Subject, answered_by
 from slider_plugin.training.noise import DiffusionProcess, NoiseProcess, noise_process
 from slider_plugin.validation.render import call_arguments, undisturbed
 
-STEPS = 4  # of the sampler; 1 where it draws new noise on its way, since only the last of its steps does not
+STEPS = 4  # of the sampler
 
-NOISY = ("hidden_states", "sample", "x")
+NOISY = ("hidden_states", "sample", "x", "vision_tokens")
 """What denoisers call the noisy latents."""
 
-TIME = ("timestep", "timesteps", "timestep_ratio", "t")
+TIME = ("timestep", "timesteps", "timestep_ratio", "t", "vision_timesteps")
 """What they call the time."""
+
+OTHER_STREAMS = ("audio_hidden_states", "sound_tokens", "action_tokens")
+"""What is denoised beside the noisy latents and answered behind them, by denoisers of sound and sight: it stands still."""
 
 
 class _Captured(Exception):
@@ -51,10 +54,34 @@ def miss(subject: Subject, noise: Flow | Diffusion | None = None) -> float:
     process = _process(subject, noise or subject.family.facts.noise)
     pipeline = subject.family.build_pipeline(components)
     answer = _truth(subject, clean, process)
-    with undisturbed(components, pipeline), answered_by(subject.denoiser, answer), _watched_autoencoder(pipeline) as decoded:
+    with ExitStack() as stack:
+        stack.enter_context(undisturbed(components, pipeline))
+        for denoiser in (subject.denoiser, *_twins(subject)):
+            stack.enter_context(answered_by(denoiser, answer))
+        decoded = stack.enter_context(_watched_autoencoder(pipeline))
         drawn = pipeline(prompt=[PROMPTS[0]], generator=[torch.Generator().manual_seed(3)], **_arguments(subject, pipeline))
     landed = _encoded_again(subject, decoded[0]) if decoded else _pixels(drawn.images[0])
     return float((landed - clean).abs().max() / clean.std())
+
+
+def _twins(subject: Subject) -> list[Any]:
+    """Denoisers of the same kind and sizes in the pipeline: one that answers without text, for guidance (Ideogram 4)."""
+
+    def sizes(part: Any) -> list[torch.Size]:
+        return [parameter.shape for parameter in part.parameters()]
+
+    own, parts = subject.denoiser, getattr(subject.components.pipeline, "components", {}).values()
+    return [part for part in parts if part is not own and type(part) is type(own) and sizes(part) == sizes(own)]
+
+
+def left_over(scheduler: Any) -> float:
+    """Standard deviation of the noise with which a sampler ends though nothing is wrong.
+
+    EDM's stops at `sigma_min`, not at zero (Cosmos). UniPC tells the denoiser whole timesteps, which are not quite its sigmas.
+    """
+    config: Mapping[str, Any] = getattr(scheduler, "config", {})
+    stops = float(config.get("sigma_min") or 0.0) if config.get("final_sigmas_type") == "sigma_min" else 0.0
+    return stops + (1.0 / config["num_train_timesteps"] if config.get("use_flow_sigmas") else 0.0)
 
 
 def _arguments(subject: Subject, pipeline: Any) -> dict[str, Any]:
@@ -62,7 +89,7 @@ def _arguments(subject: Subject, pipeline: Any) -> dict[str, Any]:
         "height": subject.size,
         "width": subject.size,
         "num_frames": subject.media().shape[2],
-        "num_inference_steps": 1 if "DDPM" in type(subject.components.scheduler).__name__ else STEPS,
+        "num_inference_steps": STEPS,
         "guidance_scale": subject.family.facts.guidance_scale,
     }
     return call_arguments(pipeline, wanted | dict(subject.family.facts.call_kwargs))
@@ -71,7 +98,12 @@ def _arguments(subject: Subject, pipeline: Any) -> dict[str, Any]:
 def _clean(subject: Subject) -> Tensor:
     """Random clean latents; pixels stay inside the range of an image."""
     latents = subject.latents()
-    return latents if hasattr(subject.components.pipeline, "vae") else latents.clamp(-2.0, 2.0) * 0.45
+    return latents.clamp(-2.0, 2.0) * 0.45 if in_pixels(subject) else latents
+
+
+def in_pixels(subject: Subject) -> bool:
+    """Whether the denoiser works on the image itself; one whose latents `tiny_latents` states does not."""
+    return not hasattr(subject.components.pipeline, "vae") and subject.family.facts.tiny_latents is None
 
 
 def _process(subject: Subject, noise: Flow | Diffusion) -> NoiseProcess:
@@ -88,24 +120,42 @@ def _process(subject: Subject, noise: Flow | Diffusion) -> NoiseProcess:
 
 def _truth(subject: Subject, clean: Tensor, process: NoiseProcess) -> Callable[..., Any]:
     clean_model, like = _in_the_model_s_layout(subject, clean)
-    first_noise: list[Tensor] = []
+    stochastic = "DDPM" in type(subject.components.scheduler).__name__
+    noise: list[Tensor] = []
+
+    room = _room_for_text(clean_model)
+    clean_model, like = clean_model[:, room:], like[:, room:]
 
     def forward(*arguments: Any, **named: Any) -> Any:
         noisy, told = _noisy(arguments, named), _time(arguments, named)
         stacked = torch.stack(list(noisy)) if isinstance(noisy, list | tuple) else noisy
+        room = _room_for_text(stacked)
+        stacked = stacked[:, room:]
         shape = (*stacked.shape[:1], *like.shape[1:])
         found = stacked[tuple(slice(0, n) for n in shape)]
         known = clean_model[tuple(slice(0, n) for n in found.shape)]
         time_B = time_from(process, told.float().reshape(-1)[:1]).expand(len(found))
-        if not first_noise:
-            first_noise.append(_noise_in(process, found, known.expand_as(found), time_B)[:1])
+        if stochastic or not noise:
+            noise[:] = [_noise_in(process, found, known.expand_as(found), time_B)[:1]]
         answer = torch.zeros(shape)
-        truth = process.target(known.expand_as(found), first_noise[0].expand_as(found), time_B)
+        truth = process.target(known.expand_as(found), noise[0].expand_as(found), time_B)
         answer[tuple(slice(0, n) for n in found.shape)] = process.output(truth)  # output() is its own inverse: a sign
+        answer = torch.nn.functional.pad(answer, (0, 0, room, 0)) if room else answer
         sample: Any = list(answer) if isinstance(noisy, list | tuple) else answer
-        return (sample,) if named.get("return_dict") is False else SimpleNamespace(sample=sample)
+        others = [_nothing(named[name]) for name in OTHER_STREAMS if name in named]
+        return (sample, *others) if named.get("return_dict") is False else SimpleNamespace(sample=sample)
 
     return forward
+
+
+def _nothing(stream: Tensor | None) -> Tensor | None:
+    """The answer for a stream that stands still, or that this model could have and does not."""
+    return None if stream is None else torch.zeros_like(stream)
+
+
+def _room_for_text(latents: Tensor) -> int:
+    """Tokens of zeros in front of those of the image in a sequence `(B, N, D)` that takes its text elsewhere (Ideogram 4)."""
+    return int(latents[0].any(dim=-1).int().argmax()) if latents.ndim == 3 else 0
 
 
 def _noise_in(process: NoiseProcess, noisy: Tensor, clean: Tensor, time_B: Tensor) -> Tensor:
@@ -158,9 +208,9 @@ def _in_the_model_s_layout(subject: Subject, clean: Tensor) -> tuple[Tensor, Ten
 
 @contextmanager
 def _watched_autoencoder(pipeline: Any) -> Iterator[list[Tensor]]:
-    """Note what is decoded; empty for a pipeline that works in pixels."""
+    """Note what is decoded, by `vae` or by a `decode` of the pipeline's own; empty for one that works in pixels."""
     decoded: list[Tensor] = []
-    vae = getattr(pipeline, "vae", None)
+    vae = getattr(pipeline, "vae", pipeline if hasattr(pipeline, "decode") else None)
     if vae is None:
         yield decoded
         return
@@ -179,8 +229,10 @@ def _watched_autoencoder(pipeline: Any) -> Iterator[list[Tensor]]:
 
 @torch.no_grad()
 def _encoded_again(subject: Subject, decoded: Tensor) -> Tensor:
-    """`encode_images` with an autoencoder that finds exactly what was decoded."""
-    vae = subject.components.pipeline.vae
+    """`encode_images` with an autoencoder that finds exactly what was decoded; without one there is nothing to undo."""
+    vae = getattr(subject.components.pipeline, "vae", None)
+    if vae is None:
+        return decoded
     posterior = SimpleNamespace(mode=lambda: decoded, sample=lambda *_: decoded, mean=decoded)
     vae.encode = lambda *_, **__: SimpleNamespace(latent_dist=posterior, latents=decoded, latent=decoded)
     try:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from slider_hooks import Components, Diffusion, Family, Flow
+from slider_plugin.errors import UserError
 
 
 class NoiseProcess(Protocol):
@@ -150,11 +151,18 @@ def noise_process(family: Family, components: Components) -> NoiseProcess:
     """The noise process that a family declares, with what its loaded scheduler adds."""
     config: Any = getattr(components.scheduler, "config", {})
     if isinstance(family.noise, Flow):
-        shift = family.noise.shift if family.noise.shift is not None else config.get("shift") or 1.0
+        published = config.get("shift") or config.get("flow_shift") or 1.0  # two names: Euler's, and that of the multistep ones
+        shift = family.noise.shift if family.noise.shift is not None else published
         return FlowProcess(family.noise, float(shift), components.time_range)
     assert isinstance(family.noise, Diffusion)
     if family.noise.alpha_bar is not None:
         no_table = torch.empty(0)
         return ContinuousDiffusionProcess(no_table, components.prediction, components.time_range, family.noise.alpha_bar)
-    alphas_N: Tensor = components.scheduler.alphas_cumprod.detach().float().cpu()
+    alphas: Tensor | None = getattr(components.scheduler, "alphas_cumprod", None)
+    if alphas is None:
+        raise UserError(
+            f"the model's {type(components.scheduler).__name__} has no alphas_cumprod, so it is no discrete diffusion, "
+            f"and {family.name} trains nothing else; use another version of the model"
+        )
+    alphas_N = alphas.detach().float().cpu()
     return DiffusionProcess(alphas_N, components.prediction, components.time_range)

@@ -1,0 +1,46 @@
+"""The denoiser of Cosmos as text-to-image models use it: Cosmos Predict2 and Anima (diffusers transformer_cosmos.py).
+
+Shapes: B batch, C channels, f latent frames (1 here), h and w latent rows and columns, T text tokens, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from slider_hooks import Components, Family, LoadRequest
+from slider_plugin.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def load_checked(family: Family, request: LoadRequest, load: Callable[[Family, LoadRequest], Components]) -> Components:
+    """What `load` loads. Raises UserError where the model needs torchvision and it is missing: before loading, for a folder."""
+    from slider_plugin.loading import denoiser_config, model_folder
+
+    folder = model_folder(family, request.model)
+    if folder is not None:
+        _check_padding_mask(denoiser_config(family, folder))
+    components = load(family, request)
+    _check_padding_mask(components.denoiser.config)
+    return components
+
+
+def _check_padding_mask(config: Mapping[str, Any]) -> None:
+    from diffusers.utils import is_torchvision_available
+
+    if config.get("concat_padding_mask") and not is_torchvision_available():
+        raise UserError("this model resizes its padding mask with torchvision, which is not installed; pip install torchvision")
+
+
+def answer(denoiser: Any, noisy_BCfhw: Tensor, time_B: Tensor, embeds_BTD: Tensor) -> Tensor:
+    """The denoiser's answer in the shape of its input; the mask says that no pixel is padding."""
+    output: Tensor = denoiser(
+        hidden_states=noisy_BCfhw,
+        timestep=time_B,
+        encoder_hidden_states=embeds_BTD,
+        padding_mask=noisy_BCfhw.new_zeros(1, 1, *noisy_BCfhw.shape[-2:]),
+        return_dict=False,
+    )[0]
+    return output
