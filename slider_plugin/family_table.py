@@ -62,7 +62,9 @@ def lora_loader(facts: Family) -> str | None:
     """The name of the mixin by which the family's pipeline loads LoRA files, or None if it has none."""
     import diffusers
 
-    pipeline: Any = getattr(diffusers, facts.pipeline_class, None) if facts.pipeline_class else None
+    # A family that leaves the choice of the pipeline to the folder has several, named after its denoiser.
+    name = facts.pipeline_class or facts.denoiser_class.replace("Transformer2DModel", "Pipeline")
+    pipeline: Any = getattr(diffusers, name, None)
     mixins = [base.__name__ for base in getattr(pipeline, "__mro__", ()) if base.__name__.endswith("LoraLoaderMixin")]
     return mixins[0] if mixins else None
 

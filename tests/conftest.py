@@ -14,8 +14,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach for a hub
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # known answers are those of the processor
 
-FAMILIES = ("sd1", "z_image")
-
 
 @pytest.fixture(autouse=True)
 def _only_own_plugins(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,6 +213,9 @@ class Family:
     tiny_size: int = 32
     """Side in pixels of the images that the tiny pipeline works on, or length in samples of its sounds."""
 
+    tiny_frames: int = 5
+    """Frames of the videos that the tiny pipeline works on: one, and one more group of four, as most autoencoders count."""
+
     tiny_latents: tuple[int, ...] | None = None
     """Shape `(C, h, w)` of the latents in tests, where `encode_images` cannot work in this version; None where it can."""
 

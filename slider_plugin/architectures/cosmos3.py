@@ -2,7 +2,7 @@
 
 The language model reads the prompt's tokens itself. Its projections have the plain names; those that diffusers calls `add_*`
 are the generator's, which sees images (models/transformers/transformer_cosmos3.py:50-122). Conventions:
-pipelines/cosmos/pipeline_cosmos3_omni.py:507-620, 1132-1222, 1720-1890. The sentences that the pipeline can add about size and
+pipelines/cosmos/pipeline_cosmos3_omni.py:507-619, 1132-1222, 1730-1915. The sentences that the pipeline can add about size and
 length are left out, in training and in drawing: a prompt is encoded before its images' sizes are known.
 """
 

@@ -1,7 +1,7 @@
 """Ideogram 4: one sequence of text and image tokens for flow matching, conditioned on many layers of Qwen3-VL.
 
 It predicts `x0 - noise` and its time runs from 0 (noise) to 1 (image). Guidance comes from a second transformer that sees no
-text; the slider trains the first. Conventions: diffusers pipelines/ideogram4/pipeline_ideogram4.py:268-310, 432-445, 675-745,
+text; the slider trains the first. Conventions: diffusers pipelines/ideogram4/pipeline_ideogram4.py:252-401, 675-745,
 examples/dreambooth/train_dreambooth_lora_ideogram4.py:1939-2001.
 """
 

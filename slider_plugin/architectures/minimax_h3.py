@@ -110,6 +110,7 @@ FAMILY = Family(
     },
     default_flavour="h3",
     aliases=("minimaxh3",),
+    tiny_frames=22,  # its autoencoder decodes no fewer
     tiny=tiny,
     limits="text to video only: sound, keyframes and references are neither trained nor drawn",
 )

@@ -1,7 +1,7 @@
 """OmniGen: a language model that reads the prompt's tokens itself and denoises the image behind them by flow matching.
 
 It predicts `x0 - noise` and its time runs from 0 (noise) to 1 (image): its scheduler inverts sigmas. Text attends causally and
-the image to everything. Conventions: diffusers pipelines/omnigen/pipeline_omnigen.py:384-500, processor_omnigen.py:92-200,
+the image to everything. Conventions: diffusers pipelines/omnigen/pipeline_omnigen.py:410-479, processor_omnigen.py:124-250,
 scripts/convert_omnigen_to_diffusers.py:177.
 """
 

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import tempfile
 from collections.abc import Callable, Iterable
@@ -91,7 +92,7 @@ def _slope(subject: Subject, parameter: Tensor, direction: Tensor, length: float
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
-    return float(sum((t.double() ** 2).sum() for t in tensors)) ** 0.5
+    return math.sqrt(sum(float((t.double() ** 2).sum()) for t in tensors))
 
 
 def scale_zero_is_the_base_model(subject: Subject) -> None:

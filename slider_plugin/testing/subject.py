@@ -16,8 +16,6 @@ from slider_plugin.family import LoadedFamily
 from slider_plugin.targets import TargetPlan, resolve_targets
 
 PROMPTS = ("a red circle", "a photo of a large blue square on the left")
-FRAMES = 5  # of a test video: one, and one more group of four, which is how video autoencoders count
-LONGER = {"minimax_h3": 22}  # frames, where the autoencoder decodes no fewer
 
 
 @dataclass(slots=True)
@@ -47,9 +45,8 @@ class Subject:
         generator = torch.Generator().manual_seed(7)
         if "audio" in modalities:
             return torch.rand(count, 2, self.size * wider, generator=generator) * 2 - 1
-        frames = LONGER.get(self.family.facts.name, FRAMES)
-        shape = (count, 3, frames, self.size, self.size * wider) if "video" in modalities else (
-            count, 3, self.size, self.size * wider)  # fmt: skip
+        frames = (self.family.facts.tiny_frames,) if "video" in modalities else ()
+        shape = (count, 3, *frames, self.size, self.size * wider)
         return torch.rand(shape, generator=generator) * 2 - 1
 
     @torch.no_grad()
