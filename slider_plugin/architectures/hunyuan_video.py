@@ -67,7 +67,8 @@ def _llama(hidden_size: int) -> tuple[Any, Any]:
 
     words = corpus((DEFAULT_PROMPT_TEMPLATE["template"], *WORDS))
     tokenizer: Any = LlamaTokenizer().train_new_from_iterator(words, vocab_size=200)
-    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "right"
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right"  # the second is what is saved
     return LlamaModel(LlamaConfig(**decoder_sizes(hidden_size, len(tokenizer)))), tokenizer
 
 

@@ -64,7 +64,11 @@ FAMILY = Family(
     controlnet_class="ZImageControlNetModel",
     expects={"siglip_feat_dim": (None,)},  # Omni wants reference images, too
     guidance_scale=5.0,
-    flavours={"turbo": Flavour(model="Tongyi-MAI/Z-Image-Turbo", source="diffusers docs: api/pipelines/z_image.md")},
+    flavours={
+        "turbo": Flavour(model="Tongyi-MAI/Z-Image-Turbo", source="diffusers docs: api/pipelines/z_image.md"),
+        "z_image_omni": Flavour(reference={"siglip_feat_dim": 1152}),  # for its targets alone
+    },
+    limits="Omni is refused: its reference images reach no training step",
     default_flavour="turbo",
     aliases=("zimage",),
     tiny_size=64,

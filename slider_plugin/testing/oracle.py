@@ -54,12 +54,13 @@ def miss(subject: Subject, noise: Flow | Diffusion | None = None) -> float:
     process = _process(subject, noise or subject.family.facts.noise)
     pipeline = subject.family.build_pipeline(components)
     answer = _truth(subject, clean, process)
+    arguments = drawing_arguments(subject, pipeline, subject.family.facts.guidance_scale)
     with ExitStack() as stack:
         stack.enter_context(undisturbed(components, pipeline))
         for denoiser in (subject.denoiser, *_twins(subject)):
             stack.enter_context(answered_by(denoiser, answer))
         decoded = stack.enter_context(_watched_autoencoder(pipeline))
-        drawn = pipeline(prompt=[PROMPTS[0]], generator=[torch.Generator().manual_seed(3)], **_arguments(subject, pipeline))
+        drawn = pipeline(prompt=[PROMPTS[0]], generator=[torch.Generator().manual_seed(3)], **arguments)
     landed = _encoded_again(subject, decoded[0]) if decoded else _pixels(drawn.images[0])
     return float((landed - clean).abs().max() / clean.std())
 
@@ -84,13 +85,14 @@ def left_over(scheduler: Any) -> float:
     return stops + (1.0 / config["num_train_timesteps"] if config.get("use_flow_sigmas") else 0.0)
 
 
-def _arguments(subject: Subject, pipeline: Any) -> dict[str, Any]:
+def drawing_arguments(subject: Subject, pipeline: Any, guidance_scale: float) -> dict[str, Any]:
+    """Arguments of the pipeline's call for the test media's size."""
     wanted = {
         "height": subject.size,
         "width": subject.size,
         "num_frames": subject.media().shape[2],
         "num_inference_steps": STEPS,
-        "guidance_scale": subject.family.facts.guidance_scale,
+        "guidance_scale": guidance_scale,
     }
     return call_arguments(pipeline, wanted | dict(subject.family.facts.call_kwargs))
 
@@ -173,6 +175,12 @@ def time_from(process: NoiseProcess, told_1: Tensor) -> Tensor:
     return ((told_1 - first) / (last - first)).clamp(0.0, 1.0)
 
 
+def first_answer(answer: Any) -> Tensor:
+    """What a denoiser answered for the noisy latents, `(B, ...)`."""
+    first = answer[0] if isinstance(answer, tuple) else answer.sample
+    return torch.stack(list(first)) if isinstance(first, list | tuple) else first
+
+
 def _noisy(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
     return arguments[0] if arguments else next(named[name] for name in NOISY if name in named)
 
@@ -190,8 +198,7 @@ def _in_the_model_s_layout(subject: Subject, clean: Tensor) -> tuple[Tensor, Ten
 
     def capture(*arguments: Any, **named: Any) -> Any:
         answer = real(subject.denoiser, *arguments, **named)
-        first = answer[0] if isinstance(answer, tuple) else answer.sample
-        outputs.append(torch.stack(list(first)) if isinstance(first, list | tuple) else first)
+        outputs.append(first_answer(answer))
         noisy = _noisy(arguments, named)
         raise _Captured(torch.stack(list(noisy)) if isinstance(noisy, list | tuple) else noisy)
 

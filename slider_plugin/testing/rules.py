@@ -22,7 +22,7 @@ from torch import Tensor
 from slider_hooks import Diffusion, Flow, PromptEntry
 from slider_plugin.adapters.peft_lora import LoraAdapter
 from slider_plugin.objectives.bucket import learning_loss
-from slider_plugin.testing import oracle, probe
+from slider_plugin.testing import oracle, probe, sameness
 from slider_plugin.testing.subject import PROMPTS, Subject
 from slider_plugin.training.noise import noise_process
 from slider_plugin.validation.render import DrawSettings, render
@@ -30,6 +30,7 @@ from slider_plugin.validation.render import DrawSettings, render
 RANK = 2
 SCALES = (1.0, -1.0)
 LINEAR = 1e-5  # relative, in float32
+SAME = 1e-4  # standard deviations of the answer
 LANDED = 1e-3  # standard deviations of the clean latents
 LOST = 0.1  # the same, where the sign or the time is wrong
 ONE_BIT = 0.05  # images are rounded to 8 bits
@@ -172,6 +173,12 @@ def wrong_conventions(subject: Subject) -> dict[str, Flow | Diffusion]:
     return wrong
 
 
+def training_asks_what_the_pipeline_asks(subject: Subject) -> None:
+    """The same latents, time and prompt: the denoiser's answer in training is the one in the published pipeline."""
+    distance = sameness.gap(subject)
+    assert distance <= SAME, f"the answers in training and in the pipeline differ by {distance:.3g} standard deviations"
+
+
 def validation_draws_at_three_scales(subject: Subject) -> None:
     """Through the real pipeline; scale 0 is the base image, the others differ from it."""
     adapter = attached(subject, trained=True)
@@ -210,6 +217,7 @@ RULES: dict[str, Callable[[Subject], None]] = {
         minus_mirrors_plus,
         no_target_sees_text_alone,
         the_published_sampler_lands_on_the_clean_latents,
+        training_asks_what_the_pipeline_asks,
         validation_draws_at_three_scales,
     )
 }
