@@ -1,4 +1,7 @@
-"""Load a diffusers pipeline folder, safetensors only, and find out beforehand whether it is the right kind of model."""
+"""Load a diffusers pipeline folder, safetensors only, and find out beforehand whether it is the right kind of model.
+
+The families' own loaders call these functions too; they are for everybody's families.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slider_hooks import Components, Conditioning, Family, Flavour, Flow, LoadRequest, Option, Targets, hookimpl
+from slider_hooks import Components, Conditioning, Family, Flavour, Flow, LoadRequest, Option, Targets, UserError, hookimpl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,7 +95,6 @@ FAMILY = Family(
 @hookimpl
 def load_components(family: Family, request: LoadRequest) -> Components:
     """The pipeline, with one of its denoisers to be trained and, in Wan 2.2 A14B, the other one beside it for drawing."""
-    from slider_plugin.errors import UserError
     from slider_plugin.loading import load_pipeline_components
 
     components = load_pipeline_components(family, request)

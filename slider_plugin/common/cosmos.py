@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from slider_hooks import Components, Family, LoadRequest
-from slider_plugin.errors import UserError
+from slider_hooks import Components, Family, LoadRequest, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from slider_hooks import Components, Family, LoadRequest
+from slider_hooks import Components, Family, LoadRequest, UserError
 from slider_plugin.common.calls import PipelineCall
-from slider_plugin.errors import UserError
 from slider_plugin.loading import check_folder, model_folder, prediction_of
 
 MODULAR_INDEX = "modular_model_index.json"
