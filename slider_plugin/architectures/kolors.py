@@ -40,6 +40,8 @@ def tiny(folder: Path) -> None:
 
 def _chatglm(folder: Path, hidden_size: int) -> tuple[object, object]:
     """A ChatGLM text encoder and its tokenizer, whose vocabulary lies in a folder until it is saved."""
+    import io
+
     import torch
     from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
     from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
@@ -47,14 +49,16 @@ def _chatglm(folder: Path, hidden_size: int) -> tuple[object, object]:
 
     from slider_plugin.testing.tiny import WORDS
 
+    model = io.BytesIO()  # a file would be told its own path
     SentencePieceTrainer.train(
         sentence_iterator=iter(WORDS),
-        model_prefix=str(folder / "tokenizer"),
+        model_writer=model,
         vocab_size=300,
         byte_fallback=True,
         hard_vocab_limit=False,
         minloglevel=2,
     )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
     tokenizer = ChatGLMTokenizer(str(folder / "tokenizer.model"))
     config = ChatGLMConfig(
         num_layers=2,
