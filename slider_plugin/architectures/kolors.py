@@ -49,16 +49,16 @@ def _chatglm(folder: Path, hidden_size: int) -> tuple[object, object]:
 
     from slider_plugin.testing.tiny import WORDS
 
-    model = io.BytesIO()  # a file would be told its own path
+    pieces = io.BytesIO()  # a file would be told its own path
     SentencePieceTrainer.train(
         sentence_iterator=iter(WORDS),
-        model_writer=model,
+        model_writer=pieces,
         vocab_size=300,
         byte_fallback=True,
         hard_vocab_limit=False,
         minloglevel=2,
     )
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    (folder / "tokenizer.model").write_bytes(pieces.getvalue())
     tokenizer = ChatGLMTokenizer(str(folder / "tokenizer.model"))
     config = ChatGLMConfig(
         num_layers=2,
