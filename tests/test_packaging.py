@@ -65,11 +65,9 @@ def test_a_third_party_s_family_trains_without_a_line_changed_in_the_host(
     fresh: Path, tmp_path: Path, image_folder: Callable[..., Path]
 ) -> None:
     rows = json.loads(run(fresh, "plugins", "list", "--json", cwd=tmp_path).stdout)
-    assert [(r["family"], r["distribution"], r["status"]) for r in rows] == [
-        ("pocket", "slider-family-pocket", "available"),
-        ("sd1", "slider-plugin", "available"),
-        ("z_image", "slider-plugin", "available"),
-    ]
+    found = {row["family"]: (row["distribution"], row["status"]) for row in rows}
+    assert found.pop("pocket") == ("slider-family-pocket", "available")
+    assert {"sd1", "z_image"} < set(found) and set(found.values()) == {("slider-plugin", "available")}
     build = "from slider_family_pocket import FAMILY; import pathlib; FAMILY.tiny(pathlib.Path('model'))"
     subprocess.run([str(fresh / "python"), "-c", build], cwd=tmp_path, check=True)
     buckets = [
