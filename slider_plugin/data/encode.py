@@ -19,6 +19,7 @@ from slider_plugin.data.buckets import Bucket
 from slider_plugin.data.media import KINDS
 from slider_plugin.errors import UserError
 from slider_plugin.training.seeds import generator
+from slider_plugin.validation.samples import sampling_rate
 
 if TYPE_CHECKING:
     from slider_plugin.family import LoadedFamily
@@ -116,7 +117,8 @@ def _encode_images(
 ) -> Iterator[tuple[tuple[str, Path], Tensor]]:
     dtype, frames = _image_dtype(components), "video" in family.facts.modalities
     for bucket in buckets:
-        kind, rate = KINDS[bucket.config.dataset_type], sampling_rate(components)
+        kind = KINDS[bucket.config.dataset_type]
+        rate = sampling_rate(components.pipeline) if bucket.config.dataset_type == "audio" else 0
         for places in bucket.shapes().values():
             for chunk in _chunks(places, AT_ONCE[bucket.config.dataset_type]):
                 items = [bucket.items[i] for i in chunk]
@@ -129,12 +131,6 @@ def _encode_images(
                     if not torch.isfinite(latents).all():
                         raise UserError(f"{item.path}: its latents are not finite; try mixed_precision no")
                     yield (bucket.name, item.path), latents.clone()
-
-
-def sampling_rate(components: Components) -> int:
-    """Samples per second of the model's sounds; 0 for a model that makes none."""
-    config = getattr(getattr(components.pipeline, "vae", None), "config", {})
-    return int(config.get("sampling_rate") or config.get("sample_rate") or 0)
 
 
 def _image_dtype(components: Components) -> torch.dtype:

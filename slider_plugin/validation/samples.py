@@ -113,7 +113,7 @@ def samples_of(answer: Any, pipeline: Any, count: int) -> list[Sample]:
     elif (videos := getattr(answer, "frames", None)) is not None:
         found = [Video(_pil_frames(frames)) for frames in videos]
     elif (audios := getattr(answer, "audios", None)) is not None:
-        found = [Sound(_numpy(audio), _rate(pipeline)) for audio in audios]
+        found = [Sound(_numpy(audio), sampling_rate(pipeline)) for audio in audios]
     else:
         raise PluginError(
             f"the pipeline of build_pipeline answered a {type(answer).__name__}; it must have images, frames or audios"
@@ -140,11 +140,11 @@ def _numpy(values: Any) -> np.ndarray:
     return array
 
 
-def _rate(pipeline: Any) -> int:
-    """Samples per second, as the pipeline or its autoencoder states it."""
+def sampling_rate(pipeline: Any) -> int:
+    """Samples per second, as the pipeline or its autoencoder states it. Raises PluginError if neither does."""
     config = getattr(getattr(pipeline, "vae", None), "config", None)
     for holder, name in ((pipeline, "sample_rate"), (config, "sampling_rate"), (config, "sample_rate")):
         rate = getattr(holder, name, None)
         if isinstance(rate, int | float):
             return int(rate)
-    raise PluginError("the pipeline of build_pipeline made sound, but neither it nor its vae states a sampling rate")
+    raise PluginError("the pipeline is one of sound, but neither it nor its vae states a sampling rate")
