@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from slider_hooks import Flow, one_minus_sigma
+from slider_hooks import Components, Flow, one_minus_sigma
+from slider_plugin.registry import Plugins
 from slider_plugin.training.noise import DiffusionProcess, FlowProcess, noise_process
 
 Load = Callable[[str], tuple[Any, Any]]
@@ -133,3 +135,11 @@ def test_encoded_images_decode_to_themselves_in_the_pipeline_s_scaling(load: Loa
         raw = vae.encode(images).latent_dist.mode()
     undone = latents / vae.config.scaling_factor + ((vae.config.shift_factor or 0.0) if name == "z_image" else 0.0)
     assert torch.allclose(undone, raw, atol=1e-5)
+
+
+@pytest.mark.parametrize(("config", "shift"), [({"shift": 3.0}, 3.0), ({"flow_shift": 5.0}, 5.0), ({}, 1.0)])
+def test_the_published_shift_has_two_names(config: dict[str, float], shift: float) -> None:
+    family = Plugins.discover().facts("wan")
+    scheduler = SimpleNamespace(config=config)
+    process = noise_process(family, Components(denoiser=None, pipeline=None, scheduler=scheduler, prediction="flow"))
+    assert process.shift == shift  # type: ignore[attr-defined]
