@@ -229,6 +229,7 @@ class RunConfig(_Strict):
     validation_num_video_frames: Count | None = Field(
         None, description="frames of a video that is drawn; None is that of the buckets"
     )
+    validation_image: Path | None = Field(None, description="the image that an image-to-video model begins its videos with")
     validation_seed: Seed | None = Field(None, description="None is the run's seed")
     num_validation_images: Count = Field(1, description="seeds per prompt")
     validation_disable: bool = Field(False, description="draw nothing")

@@ -82,6 +82,12 @@ def encode_images(components: Components, images: Tensor) -> Tensor:
 
 
 @hookimpl
+def condition_on_images(images: Tensor) -> Sequence[Conditioning]:
+    """Nothing: most denoisers are told about prompts alone."""
+    return [{} for _ in range(images.shape[0])]
+
+
+@hookimpl
 def predict(components: Components, noisy: Tensor, time: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
     """`denoiser(noisy, time, encoder_hidden_states=...)`, which is the call of a UNet and of many transformers."""
     import torch

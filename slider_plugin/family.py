@@ -83,14 +83,8 @@ class LoadedFamily:
         return components
 
     def encode_prompts(self, components: Components, prompts: Sequence[str]) -> Sequence[Conditioning]:
-        hook = "encode_prompts"
-        answer = self._call(hook, components=components, prompts=prompts)
-        encoded: Sequence[Conditioning] = self._expect(hook, answer, Sequence)
-        if len(encoded) != len(prompts):
-            self._refuse(hook, f"gave {len(encoded)} results for {len(prompts)} prompts")
-        for item in encoded:
-            self._expect(hook, item, Mapping)
-        return encoded
+        answer = self._call("encode_prompts", components=components, prompts=prompts)
+        return self._one_each("encode_prompts", answer, len(prompts), "prompts")
 
     def encode_images(self, components: Components, images: Tensor) -> Tensor:
         latents: Tensor = self._call("encode_images", components=components, images=images)
@@ -98,6 +92,10 @@ class LoadedFamily:
         if not shape or shape[0] != images.shape[0]:
             self._refuse("encode_images", f"gave {_short(latents)} for {images.shape[0]} images")
         return latents
+
+    def condition_on_images(self, components: Components, images: Tensor) -> Sequence[Conditioning]:
+        answer = self._call("condition_on_images", components=components, images=images)
+        return self._one_each("condition_on_images", answer, images.shape[0], "images")
 
     def predict(self, components: Components, noisy: Tensor, time: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
         output: Tensor = self._call("predict", components=components, noisy=noisy, time=time, conditioning=conditioning)
@@ -143,6 +141,14 @@ class LoadedFamily:
         if not isinstance(answer, kind) or isinstance(answer, str):
             self._refuse(hook, f"gave {_short(answer)}, not a {kind.__name__}")
         return answer
+
+    def _one_each(self, hook: str, answer: Any, count: int, of: str) -> Sequence[Conditioning]:
+        encoded: Sequence[Conditioning] = self._expect(hook, answer, Sequence)
+        if len(encoded) != count:
+            self._refuse(hook, f"gave {len(encoded)} results for {count} {of}")
+        for item in encoded:
+            self._expect(hook, item, Mapping)
+        return encoded
 
     def _where(self, hook: str) -> str:
         return f"in hook {hook} of {self._row}, answered by the {self._owner(hook)}"

@@ -53,9 +53,8 @@ def row_of(family: LoadedFamily) -> Row:
 
 def prediction(facts: Family) -> str:
     """What the denoiser predicts, in words."""
-    if isinstance(facts.noise, Diffusion):
-        return facts.noise.prediction or "epsilon or v, as the scheduler says"
-    return "flow" if facts.noise.sign == 1 else "flow, negated"
+    what = (facts.noise.prediction or "epsilon or v, as the scheduler says") if isinstance(facts.noise, Diffusion) else "flow"
+    return what if facts.noise.sign == 1 else f"{what}, negated"
 
 
 def lora_loader(facts: Family) -> str | None:

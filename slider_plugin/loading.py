@@ -66,6 +66,13 @@ def denoiser_config(family: Family, folder: Path) -> dict[str, Any]:
     return _read_json(folder / family.denoiser / "config.json", family)
 
 
+def pipeline_class_of(folder: Path) -> Any | None:
+    """The class that a pipeline folder names; None if diffusers has no such class, or the folder no such name."""
+    index = folder / INDEX_FILES[0]
+    name = json.loads(index.read_text(encoding="utf-8")).get(CLASS) if index.is_file() else None
+    return getattr(importlib.import_module("diffusers"), name, None) if isinstance(name, str) else None
+
+
 def denoiser_class_of(family: Family) -> Any | None:
     """The class of the denoiser, from diffusers or from `package.module:Class`; None if diffusers has no such class."""
     module, _, name = family.denoiser_class.rpartition(":")
@@ -99,8 +106,13 @@ def _read_json(path: Path, family: Family) -> dict[str, Any]:
     return value
 
 
-def load_pipeline_components(family: Family, request: LoadRequest) -> Components:
+def load_pipeline_components(family: Family, request: LoadRequest, pipeline_class: str | None = None) -> Components:
     """Load all parts of a pipeline in `request.dtype`, frozen and in evaluation mode.
+
+    Args:
+        family: the facts of the family.
+        request: what to load.
+        pipeline_class: instead of `Family.pipeline_class`; `DiffusionPipeline` is whatever class the folder names.
 
     Raises:
         UserError: the folder is missing, is no pipeline folder, or holds another family's model.
@@ -110,9 +122,9 @@ def load_pipeline_components(family: Family, request: LoadRequest) -> Components
     folder = model_folder(family, request.model)
     if folder is not None:
         check_folder(family, folder)
-    pipeline_class = getattr(diffusers, family.pipeline_class or "DiffusionPipeline")
+    loader = getattr(diffusers, pipeline_class or family.pipeline_class or "DiffusionPipeline")
     try:
-        pipeline = pipeline_class.from_pretrained(
+        pipeline = loader.from_pretrained(
             request.model,
             dtype=request.dtype,
             use_safetensors=True,

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, TypeVar
 from slider_hooks import Family, TargetRequest
 from slider_plugin.config import RunConfig
 from slider_plugin.data.buckets import Bucket, Buckets, open_buckets
+from slider_plugin.data.images import check_image as check_image_file
 from slider_plugin.data.sampler import cycle_length
 from slider_plugin.errors import ConfigError, UserError
 from slider_plugin.files import check_writable
-from slider_plugin.loading import check_folder, denoiser_class_of, denoiser_config, model_folder, on_meta
+from slider_plugin.loading import check_folder, denoiser_class_of, denoiser_config, model_folder, on_meta, pipeline_class_of
 from slider_plugin.targets import TargetPlan, resolve_targets
+from slider_plugin.validation.render import check_image
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -69,6 +71,8 @@ def preflight(config: RunConfig, family: LoadedFamily) -> Preflight:
     opened = _or_note(problems, lambda: open_buckets(config, alignment(config)))
     problems.extend(foreign_data(config, family.facts))
     _or_note(problems, lambda: check_output(config))
+    if model and draws(config):
+        _or_note(problems, lambda: _check_first_frame(config, family, model))
     if problems or model is None or opened is None:
         raise ConfigError(problems)
     return _facts(config, model, targets, denoiser, opened)
@@ -121,6 +125,26 @@ def num_frames(config: RunConfig) -> int:
     """Frames of a video that is drawn: as asked for, or as many as the longest training clip has."""
     clips = [bucket.num_frames or 1 for bucket in config.buckets]
     return config.validation_num_video_frames or max(clips, default=1)
+
+
+def draws(config: RunConfig) -> bool:
+    """Whether a run draws validation images."""
+    return bool(config.prompts) and not config.validation_disable
+
+
+def image_file(config: RunConfig) -> str | None:
+    """The file of the image that videos begin with."""
+    return None if config.validation_image is None else str(config.validation_image)
+
+
+def _check_first_frame(config: RunConfig, family: LoadedFamily, model: str) -> None:
+    """Raise UserError unless the pipeline of a folder gets the image that it begins with, and that is an image."""
+    if config.validation_image is not None:
+        check_image_file(config.validation_image, config.max_image_pixels)
+    folder = model_folder(family.facts, model)
+    pipeline_class = None if folder is None else pipeline_class_of(folder)
+    if pipeline_class is not None:
+        check_image(pipeline_class, image_file(config))
 
 
 def _most_common_size(opened: Buckets) -> tuple[int, int]:

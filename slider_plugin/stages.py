@@ -21,14 +21,14 @@ from slider_plugin.data.encode import Encoded, encode_once
 from slider_plugin.errors import UserError
 from slider_plugin.export import export_diffusers, slider_metadata
 from slider_plugin.files import write_json
-from slider_plugin.preflight import EXPORTED, Preflight, model_of, num_frames, target_request
+from slider_plugin.preflight import EXPORTED, Preflight, draws, image_file, model_of, num_frames, target_request
 from slider_plugin.targets import TargetPlan, resolve_targets
 from slider_plugin.training.checkpoint import Position, find_checkpoint, load_checkpoint, save_checkpoint
 from slider_plugin.training.loop import StepReport, Trainer
 from slider_plugin.training.noise import noise_process
 from slider_plugin.training.seeds import derived_seed
 from slider_plugin.training.watch import Metrics, interruptible
-from slider_plugin.validation.render import DrawSettings, render
+from slider_plugin.validation.render import DrawSettings, check_image, render
 
 if TYPE_CHECKING:
     from slider_plugin.family import LoadedFamily
@@ -60,6 +60,8 @@ def load(config: RunConfig, family: LoadedFamily, checked: Preflight, machine: A
     for line in checked.warnings:
         console.warn(line)
     components = load_model(config, family, checked.model, machine)
+    if draws(config):  # for a model from the hub, whose pipeline preflight could not see
+        check_image(type(family.build_pipeline(components)), image_file(config))
     if config.gradient_checkpointing:
         _enable_checkpointing(components, family)
     return components
@@ -236,7 +238,7 @@ def validate(
     config: RunConfig, family: LoadedFamily, components: Components, adapter: LoraAdapter, checked: Preflight, step: int
 ) -> Path | None:
     """Draw the validation of a run; None where there is nothing to draw."""
-    if config.validation_disable or not config.prompts:
+    if not draws(config):
         return None
     size = validation_size(config) or checked.size
     return draw(config, family, components, adapter, size, config.output_dir / "validation_images", step)
@@ -271,6 +273,7 @@ def draw(
             guidance_scale=guidance,
             negative_prompt=config.validation_negative_prompt,
             num_frames=num_frames(config),
+            image=image_file(config),
             extra=family.facts.call_kwargs,
             batch_size=max(1, PIXELS_AT_ONCE // (size[0] * size[1])),
         ),

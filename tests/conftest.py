@@ -39,6 +39,38 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     return build
 
 
+@pytest.fixture(scope="session")
+def tiny_image_to_video(tiny_folders: Callable[[str], Path]) -> Callable[[bool], Path]:
+    """Folder of a tiny Wan that begins with an image, which Wan 2.1 sees through CLIP as well, and Wan 2.2 does not."""
+
+    def build(clip: bool) -> Path:
+        from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+        from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+        from slider_plugin.testing.tiny import redraw_zeros, seeded
+
+        text = WanPipeline.from_pretrained(tiny_folders("wan"))
+        folder = tiny_folders("wan").parent / f"wan_i2v_{'clip' if clip else 'plain'}"
+        if folder.exists():
+            return folder
+        with seeded(0):
+            sight = CLIPVisionConfig(
+                hidden_size=20, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14
+            )
+            transformer = WanTransformer3DModel(
+                num_attention_heads=2, attention_head_dim=12, text_dim=16, freq_dim=32, ffn_dim=48, num_layers=2,
+                in_channels=36, rope_max_seq_len=32, image_dim=20 if clip else None, added_kv_proj_dim=24 if clip else None,
+            )  # fmt: skip
+            WanImageToVideoPipeline(
+                vae=text.vae, text_encoder=text.text_encoder, tokenizer=text.tokenizer, scheduler=text.scheduler,
+                transformer=redraw_zeros(transformer), image_encoder=CLIPVisionModel(sight) if clip else None,
+                image_processor=CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=28) if clip else None,
+            ).save_pretrained(folder)  # fmt: skip
+        return folder
+
+    return build
+
+
 @pytest.fixture
 def load(tiny_folders: Callable[[str], Path]) -> Callable[[str], tuple[Any, Any]]:
     """`(family, components)` of a tiny pipeline, loaded anew."""

@@ -499,7 +499,8 @@ CHANGED: dict[str, Any] = {
     "checkpoint_step_interval": 5, "checkpoints_total_limit": 9, "resume_from_checkpoint": "latest", "report_to": "tensorboard",
     "tracker_project_name": "p", "validation_negative_prompt": None, "validation_adapter_strength": -1,
     "validation_strengths": [], "validation_step_interval": 4, "validation_num_inference_steps": 2, "validation_guidance": 0,
-    "validation_resolution": "64x32", "validation_num_video_frames": 9, "validation_seed": 3,
+    "validation_resolution": "64x32", "validation_num_video_frames": 9, "validation_image": "first.png",
+    "validation_seed": 3,
     "num_validation_images": 2, "validation_disable": True,
     "strict": True, "text_length": 99, "guidance_embedding": 1.5, "fast": True, "layout": "b",
 }  # fmt: skip

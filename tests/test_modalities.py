@@ -73,6 +73,42 @@ def test_a_slider_for_videos(tmp_path: Path, tiny_folders: Callable[[str], Path]
     assert (outcome.images / "contact_sheet.png").is_file()
 
 
+@pytest.fixture
+def from_image(tmp_path: Path, tiny_image_to_video: Callable[[bool], Path]) -> Callable[..., Path]:
+    """The configuration of a run on a model that begins its videos with an image."""
+    folders = films(tmp_path / "a", 250), films(tmp_path / "b", 20)
+    clip = {"dataset_type": "video", "num_frames": 5}
+    return lambda **keys: configured(tmp_path, tiny_image_to_video(True), "wan", *folders, clip, **keys)
+
+
+def test_a_slider_for_videos_that_begin_with_an_image(tmp_path: Path, from_image: Callable[..., Path]) -> None:
+    images = []
+    for name, light in (("dark", 10), ("light", 240)):
+        Image.new("RGB", (50, 40), (light, light, light)).save(tmp_path / f"{name}.png")
+        out = tmp_path / f"out-{name}"
+        outcome = trained(from_image(validation_image=f"{name}.png", output_dir=str(out)))
+        assert outcome.finished and outcome.images
+        drawn = sorted(outcome.images.glob("*.webp"))
+        assert len(drawn) == 3
+        images.append(drawn[0].read_bytes())
+    assert images[0] != images[1], "the image makes no difference"
+
+
+def test_the_image_that_videos_begin_with_is_checked_before_loading(
+    tmp_path: Path, from_image: Callable[..., Path], tiny_folders: Callable[[str], Path]
+) -> None:
+    with pytest.raises(ConfigError, match="validation_image: WanImageToVideoPipeline begins its videos with an image"):
+        trained(from_image())
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(ConfigError, match=r"broken\.png"):
+        trained(from_image(validation_image="broken.png"))
+    Image.new("RGB", (50, 40)).save(tmp_path / "first.png")
+    text_to_video = str(tiny_folders("wan"))
+    with pytest.raises(ConfigError, match="validation_image: WanPipeline begins with no image; leave the key out"):
+        trained(from_image(validation_image="first.png", pretrained_model_name_or_path=text_to_video))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_slider_for_sounds(tmp_path: Path, tiny_folders: Callable[[str], Path]) -> None:
     piece = {"dataset_type": "audio", "seconds": 0.3}
     model = tiny_folders("ace_step")

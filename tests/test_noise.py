@@ -35,6 +35,27 @@ def test_diffusion_noising_and_target_are_the_scheduler_s(prediction: str) -> No
     assert torch.allclose(process.target(clean, noise, steps), wanted, atol=1e-6)
 
 
+def test_cosmos_1_is_preconditioned_as_its_scheduler_says() -> None:
+    """What the denoiser sees, what it is told, and that the right answer leads to the clean latents in one step."""
+    from diffusers import EDMEulerScheduler
+
+    scheduler = EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5)
+    family = Plugins.discover().facts("cosmos1")
+    process = noise_process(family, Components(denoiser=None, pipeline=None, scheduler=scheduler, prediction="v_prediction"))
+    clean, noise = pair()
+    times = torch.tensor([0.01, 0.5, 0.99])
+    sigmas = torch.distributions.Normal(0.0, 1.0).icdf(times).exp()  # ln(sigma) is normal, where r is drawn evenly
+    for time, sigma, z, e in zip(times, sigmas, clean, noise, strict=True):
+        x = 0.5 * z + sigma * e
+        noisy = process.add_noise(z[None], e[None], time[None])
+        assert torch.allclose(noisy[0], scheduler.precondition_inputs(x, sigma), atol=1e-5)
+        assert torch.allclose(process.told(time[None]), scheduler.precondition_noise(sigma), atol=1e-5)
+        answer = process.output(process.target(z[None], e[None], time[None]))
+        assert torch.allclose(scheduler.precondition_outputs(x, answer[0], sigma), 0.5 * z, atol=1e-5)
+    drawn = process.told(process.draw_time(20000, torch.Generator().manual_seed(1))) * 4
+    assert abs(float(drawn.mean())) < 0.02 and abs(float(drawn.std()) - 1.0) < 0.02
+
+
 def test_flow_formula() -> None:
     process = FlowProcess(Flow(sign=-1, time=one_minus_sigma), shift=1.0)
     clean, noise = pair()

@@ -500,6 +500,7 @@ CALLS: dict[str, Callable[[LoadedFamily], Any]] = {
     "load_components": lambda family: family.load_components(LoadRequest(model="folder", dtype=None)),
     "encode_prompts": lambda family: family.encode_prompts(components(), ["one", "two"]),
     "encode_images": lambda family: family.encode_images(components(), shaped(2, 3, 8, 8)),
+    "condition_on_images": lambda family: family.condition_on_images(components(), shaped(2, 3, 8, 8)),
     "predict": lambda family: family.predict(components(), shaped(2, 4, 8, 8), shaped(2), [{}, {}]),
     "build_pipeline": lambda family: family.build_pipeline(components()),
 }
@@ -521,6 +522,7 @@ def test_the_family_answers_before_the_default(hook: str) -> None:
         "load_components": components(),
         "encode_prompts": [{}, {}],
         "encode_images": shaped(2, 4, 4, 4),
+        "condition_on_images": [{}, {}],
         "predict": shaped(2, 4, 8, 8),
         "build_pipeline": print,
     }[hook]
@@ -559,6 +561,8 @@ class SimpleSampler:
         ("encode_prompts", [{}, 1], "gave a int, not a Mapping"),
         ("encode_images", shaped(1, 4, 4, 4), "of shape (1, 4, 4, 4) for 2 images"),
         ("encode_images", [1], "gave a list for 2 images"),
+        ("condition_on_images", [{}], "gave 1 results for 2 images"),
+        ("condition_on_images", shaped(2, 4), "not a Sequence"),
         ("predict", shaped(2, 4, 8), "of shape (2, 4, 8) for noisy latents of shape (2, 4, 8, 8)"),
         ("predict", 3, "gave a int for noisy latents"),
         ("build_pipeline", 3, "gave a int, which cannot be called"),

@@ -50,7 +50,7 @@ def test_a_folder(capsys: pytest.CaptureFixture[str], tiny_folders: Callable[[st
 def test_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert execute(["targets", "wan"]) == 0
     text = capsys.readouterr().out
-    assert "164 modules" in text and r"blocks\.\d+\.attn1" in text and "text to video only" in text
+    assert "164 modules" in text and r"blocks\.\d+\.attn1" in text and "first and last frame" in text
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,29 @@ def encode_images(family: Family, components: Components, images: Tensor) -> Ten
 
 
 @hookspec(firstresult=True)
+def condition_on_images(family: Family, components: Components, images: Tensor) -> Sequence[Conditioning] | None:
+    """Encode what the denoiser is told about the images themselves, besides their prompts: the first frame of an
+    image-to-video model. Called without gradients after `encode_images`, for the same images; the host keeps the results.
+
+    Args:
+        family: the facts of this family.
+        components: the loaded model.
+        images: as `encode_images` gets them.
+
+    Returns:
+        For each image, named tensors without a batch dimension; `predict` finds them beside those of the prompt. The default
+        tells nothing.
+
+    Example::
+
+        @hookimpl
+        def condition_on_images(components, images):
+            first_frames = components.pipeline.vae.encode(images[:, :, :1]).latent_dist.mode()
+            return [{"first_frame": frame} for frame in first_frames]
+    """
+
+
+@hookspec(firstresult=True)
 def predict(
     family: Family, components: Components, noisy: Tensor, time: Tensor, conditioning: Sequence[Conditioning]
 ) -> Tensor | None:
@@ -175,7 +198,7 @@ def predict(
         noisy: noisy latents, in the shape that `encode_images` gave: `(B, C, h, w)` or `(B, C, f, h, w)`.
         time: `(B,)`, for a flow model `family.noise.time(sigma)`, for a diffusion model the integer timestep, or r in 0..1
             where the family states `alpha_bar`.
-        conditioning: for each sample what `encode_prompts` gave, on the device.
+        conditioning: for each sample what `encode_prompts` and `condition_on_images` gave, on the device.
 
     Returns:
         The denoiser's output in the shape of `noisy`, as it is: the host multiplies it by `family.noise.sign`. The default
@@ -201,8 +224,9 @@ def build_pipeline(family: Family, components: Components) -> Any | None:
     Returns:
         An object with the call of a diffusers pipeline: of `prompt=[...], negative_prompt=[...], height=, width=,
         num_frames=, num_inference_steps=, guidance_scale=, generator=[...]` and `family.call_kwargs` it gets those that its
-        signature names. The result has `images`, a list of PIL images; or `frames`, a list of videos, each a list of PIL
-        images; or `audios`, a tensor or array `(B, channels, N)`. The default is `components.pipeline`.
+        signature names, and `image=`, a PIL image of that size, if it cannot be called without. The result
+        has `images`, a list of PIL images; or `frames`, a list of videos, each a list of PIL images; or `audios`, a tensor or
+        array `(B, channels, N)`. The default is `components.pipeline`.
 
     Example::
 
@@ -219,6 +243,7 @@ HOOKS: tuple[str, ...] = (
     "load_components",
     "encode_prompts",
     "encode_images",
+    "condition_on_images",
     "predict",
     "build_pipeline",
 )

@@ -58,9 +58,15 @@ class Diffusion:
     prediction: Literal["epsilon", "v_prediction"] | None = None
     """What the denoiser predicts; None reads `prediction_type` of the loaded scheduler."""
 
+    sign: Literal[1, -1] = 1
+    """What `predict`'s output is multiplied by to be this prediction; -1 where the model's output is negated (Cosmos 1)."""
+
     alpha_bar: Callable[[Tensor], Tensor] | None = None
-    """For a denoiser in continuous time: from r `(B,)`, 0 (image) to 1 (noise), to the cumulative alpha `(B,)` in 0..1. The
-    denoiser is told r. None takes the scheduler's table, and the denoiser is told the integer step."""
+    """For a denoiser in continuous time: from r `(B,)`, 0 (image) to 1 (noise), to the cumulative alpha `(B,)` in 0..1. r is
+    drawn evenly. None takes the scheduler's table, and the denoiser is told the integer step."""
+
+    time: Callable[[Tensor], Tensor] | None = None
+    """With `alpha_bar`: from r `(B,)` to what the denoiser is told, `(B,)`, which rises with r; None tells it r."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

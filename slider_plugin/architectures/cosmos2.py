@@ -9,28 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slider_hooks import Components, Conditioning, Family, Flavour, Flow, LoadRequest, Targets, hookimpl, sigma_as_is
+from slider_plugin.common.cosmos import CROSS_ATTENTION, SELF_ATTENTION, TIME, NoChecks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 EXAMPLE = "diffusers source: pipelines/cosmos/pipeline_cosmos2_text2image.py"
-
-
-class NoChecks:
-    """Stands where the pipeline insists on a safety checker (`cosmos_guardrail`), and lets everything pass."""
-
-    def to(self, *_: Any) -> NoChecks:
-        """It has no weights to move."""
-        return self
-
-    def check_text_safety(self, prompt: str) -> bool:
-        return True
-
-    def check_video_safety(self, frames_FHWC: Any) -> Any:
-        return frames_FHWC
 
 
 def tiny(folder: Path) -> None:
@@ -76,17 +63,17 @@ FAMILY = Family(
     load_kwargs={"safety_checker": NoChecks()},
     noise=Flow(time=sigma_as_is),
     targets=Targets(
-        self_attention=r"transformer_blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)",
+        self_attention=SELF_ATTENTION,
         io=r"patch_embed\.proj|proj_out",
-        time=r"time_embed\.t_embedder\.linear_[12]",
-        forbidden=r"transformer_blocks\.\d+\.attn2\..+|(crossattn|img_context)_proj\..+",
+        time=TIME,
+        forbidden=CROSS_ATTENTION,
         standard=r"transformer_blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
         controlnet=r"control_blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)",
     ),
     controlnet_class="CosmosControlNetModel",
     expects={
         "in_channels": (16,),  # video models have 17: noise and the mask of given frames
-        "extra_pos_embed_type": (None,),  # "learnable" is Cosmos 1, which is no flow model
+        "extra_pos_embed_type": (None,),  # "learnable" is family cosmos1, which is no flow model
         "use_crossattn_projection": (False, None),  # Cosmos 2.5
     },
     reference={"num_attention_heads": 16, "extra_pos_embed_type": None, "rope_scale": (1.0, 4.0, 4.0)},
@@ -98,14 +85,14 @@ FAMILY = Family(
             source=EXAMPLE,
             reference={"num_attention_heads": 40, "num_layers": 36},
         ),
-        "cosmos1": Flavour(  # targets only
+        "cosmos1": Flavour(  # its targets; family cosmos1 trains it
             reference={"num_attention_heads": 32, "extra_pos_embed_type": "learnable", "rope_scale": (2.0, 1.0, 1.0)}
         ),
     },
     default_flavour="2b",
     aliases=("cosmos", "cosmos2image", "cosmos-predict2"),
     tiny=tiny,
-    limits="text to image only: video models, Cosmos 1 and Cosmos 2.5 are refused; published models need torchvision",
+    limits="text to image only: video models and Cosmos 2.5 are refused; published models need torchvision",
 )
 
 

@@ -1,15 +1,17 @@
-"""Wan 2.1 and 2.2, text to video: a transformer for flow matching, conditioned on UMT5 by cross-attention.
+"""Wan 2.1 and 2.2, text and image to video: a transformer for flow matching, conditioned on UMT5 by cross-attention.
 
-Wan 2.2 A14B has two such transformers, one for strong noise and one for weak; a run trains one of them.
-Conventions: diffusers pipelines/wan/pipeline_wan.py:554-641, 664-673.
+Wan 2.2 A14B has two such transformers, one for strong noise and one for weak; a run trains one of them. Image-to-video models
+see the first frame beside the noise, in 20 channels of their own, and those of Wan 2.1 through CLIP as well.
+Conventions: diffusers pipelines/wan/pipeline_wan.py:554-641, 664-673; pipeline_wan_i2v.py:429-487, 703-712.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slider_hooks import Components, Conditioning, Family, Flavour, Flow, LoadRequest, Option, Targets, UserError, hookimpl
 
@@ -23,6 +25,7 @@ EXPERT = Option(
     choices=("high", "low"),
     help="which of Wan 2.2 A14B's two denoisers is trained: that for strong noise (layout) or for weak (detail)",
 )
+MASK = 4  # channels of the mask: one for each of the frames that share a latent frame
 DOCS = "diffusers docs: api/pipelines/wan.md"
 
 
@@ -66,7 +69,10 @@ FAMILY = Family(
         forbidden=r"blocks\.\d+\.attn2\..+|condition_embedder\.(text|image)_embedder\..+",
         standard=r"blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
     ),
-    expects={"in_channels": (16, 48)},  # 48 is Wan 2.2 TI2V; image-to-video has 36: noise, mask and condition
+    expects={
+        "in_channels": (16, 36, 48),  # 36 is image to video: noise, mask and first frame; 48 is Wan 2.2 TI2V
+        "pos_embed_seq_len": (None,),  # first-and-last-frame models have one
+    },
     modalities=("image", "video"),
     guidance_scale=5.0,
     flavours={
@@ -76,8 +82,13 @@ FAMILY = Family(
             source=DOCS,
             reference={"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
         ),
-        "wan-i2v": Flavour(reference={"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}),  # targets only
+        "wan-i2v": Flavour(
+            model="Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
+            source=DOCS,
+            reference={"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+        ),
         "wan-2.2-14b": Flavour(model="Wan-AI/Wan2.2-T2V-A14B-Diffusers", source=DOCS),
+        "wan-2.2-i2v": Flavour(model="Wan-AI/Wan2.2-I2V-A14B-Diffusers", source=DOCS, reference={"in_channels": 36}),
         "wan-2.2-5b": Flavour(
             model="Wan-AI/Wan2.2-TI2V-5B-Diffusers",
             source=DOCS,
@@ -88,7 +99,7 @@ FAMILY = Family(
     options=(EXPERT,),
     aliases=("wan2.1", "wan2.2"),
     tiny=tiny,
-    limits="text to video only: image-to-video models are refused, since their first frame reaches no training step",
+    limits="models of first and last frame, control, speech and animation are refused",
 )
 
 
@@ -97,7 +108,8 @@ def load_components(family: Family, request: LoadRequest) -> Components:
     """The pipeline, with one of its denoisers to be trained and, in Wan 2.2 A14B, the other one beside it for drawing."""
     from slider_plugin.loading import load_pipeline_components
 
-    components = load_pipeline_components(family, request)
+    components = load_pipeline_components(family, request, pipeline_class="DiffusionPipeline")  # as its folder names it
+    _check(components.denoiser.config, request.model)
     low = request.options[EXPERT.name] == "low"
     boundary = components.pipeline.config.boundary_ratio
     if boundary is None:
@@ -107,6 +119,17 @@ def load_components(family: Family, request: LoadRequest) -> Components:
     if low:
         return replace(components, denoiser=components.pipeline.transformer_2, time_range=(0.0, boundary))
     return replace(components, time_range=(boundary, 1.0))
+
+
+def _check(config: Mapping[str, Any], model: str) -> None:
+    beside_the_noise = config["in_channels"] - config["out_channels"]
+    if beside_the_noise not in (0, MASK + config["out_channels"]):
+        raise UserError(
+            f"{model} takes {beside_the_noise} channels beside its noise: a control model, which family wan cannot train; "
+            "use a text-to-video or image-to-video model"
+        )
+    if beside_the_noise and find_spec("ftfy") is None:  # WanImageToVideoPipeline calls it without asking
+        raise UserError("Wan's image-to-video pipeline mends its prompts with ftfy, which is not installed: pip install ftfy")
 
 
 @hookimpl
@@ -126,3 +149,53 @@ def encode_images(components: Components, images: Tensor) -> Tensor:
     from slider_plugin.common.latents import normalised_by_channel
 
     return normalised_by_channel(components.pipeline.vae, images)
+
+
+@hookimpl
+def condition_on_images(components: Components, images: Tensor) -> Sequence[Conditioning] | None:
+    """The first frame of `(B, 3, F, H, W)`: its mask, its latents with grey behind it, `(4 + C, f, h, w)`, and CLIP's view."""
+    import torch
+
+    from slider_plugin.common.latents import normalised_by_channel
+
+    pipeline, config = components.pipeline, components.denoiser.config
+    if config.in_channels == config.out_channels:
+        return None
+    if images.shape[2] == 1:
+        raise UserError("an image-to-video model is given the first frame, and learns nothing from one image; use videos")
+    first_B3HW = images[:, :, 0]
+    condition_BCfhw = normalised_by_channel(pipeline.vae, torch.cat([images[:, :, :1], torch.zeros_like(images[:, :, 1:])], 2))
+    mask_B4fhw = torch.zeros_like(condition_BCfhw[:, :1]).repeat(1, MASK, 1, 1, 1)
+    mask_B4fhw[:, :, 0] = 1.0
+    told = [{"first_frame": frame} for frame in torch.cat([mask_B4fhw, condition_BCfhw], dim=1)]
+    if config.image_dim is None:
+        return told
+    embeds_BTD = pipeline.encode_image(_pictures(first_B3HW), device=components.denoiser.device)
+    return [{**one, "image_embeds": embeds_TD} for one, embeds_TD in zip(told, embeds_BTD, strict=True)]
+
+
+def _pictures(images_B3HW: Tensor) -> list[Any]:
+    """PIL images of -1..1, which is what CLIP's processor is given when the pipeline draws."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    pictures: list[Any] = VaeImageProcessor().postprocess(images_B3HW.float(), output_type="pil")
+    return pictures
+
+
+@hookimpl
+def predict(components: Components, noisy: Tensor, time: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
+    """With the first frame beside the noise, where the model was made for one."""
+    import torch
+
+    from slider_plugin.common.conditioning import stacked
+
+    if "first_frame" in conditioning[0]:
+        noisy = torch.cat([noisy, stacked(conditioning, "first_frame")], dim=1)
+    answer: Tensor = components.denoiser(
+        hidden_states=noisy,
+        timestep=time,
+        encoder_hidden_states=stacked(conditioning, "prompt_embeds"),
+        encoder_hidden_states_image=stacked(conditioning, "image_embeds") if "image_embeds" in conditioning[0] else None,
+        return_dict=False,
+    )[0]
+    return answer

@@ -1,6 +1,8 @@
-"""The denoiser of Cosmos as text-to-image models use it: Cosmos Predict2 and Anima (diffusers transformer_cosmos.py).
+"""The denoiser of Cosmos as text-to-image and text-to-video models use it: Cosmos 1, Cosmos Predict2 and Anima.
 
-Shapes: B batch, C channels, f latent frames (1 here), h and w latent rows and columns, T text tokens, D features.
+Source: diffusers transformer_cosmos.py.
+
+Shapes: B batch, C channels, f latent frames, h and w latent rows and columns, T text tokens, D features.
 """
 
 from __future__ import annotations
@@ -12,6 +14,25 @@ from slider_hooks import Components, Family, LoadRequest, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+SELF_ATTENTION = r"transformer_blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)"
+TIME = r"time_embed\.t_embedder\.linear_[12]"
+CROSS_ATTENTION = r"transformer_blocks\.\d+\.attn2\..+|(crossattn|img_context)_proj\..+"
+
+
+class NoChecks:
+    """Stands where the pipeline insists on a safety checker (`cosmos_guardrail`), and lets everything pass."""
+
+    def to(self, *_: Any) -> NoChecks:
+        """It has no weights to move."""
+        return self
+
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
+    def check_video_safety(self, frames_FHWC: Any) -> Any:
+        return frames_FHWC
 
 
 def load_checked(family: Family, request: LoadRequest, load: Callable[[Family, LoadRequest], Components]) -> Components:
@@ -33,12 +54,13 @@ def _check_padding_mask(config: Mapping[str, Any]) -> None:
         raise UserError("this model resizes its padding mask with torchvision, which is not installed; pip install torchvision")
 
 
-def answer(denoiser: Any, noisy_BCfhw: Tensor, time_B: Tensor, embeds_BTD: Tensor) -> Tensor:
-    """The denoiser's answer in the shape of its input; the mask says that no pixel is padding."""
+def answer(denoiser: Any, noisy_BCfhw: Tensor, time_B: Tensor, embeds_BTD: Tensor, fps: int | None = None) -> Tensor:
+    """The denoiser's answer in the shape of its input. The mask says that no pixel is padding, `fps` how near frames are."""
     output: Tensor = denoiser(
         hidden_states=noisy_BCfhw,
         timestep=time_B,
         encoder_hidden_states=embeds_BTD,
+        fps=fps,
         padding_mask=noisy_BCfhw.new_zeros(1, 1, *noisy_BCfhw.shape[-2:]),
         return_dict=False,
     )[0]

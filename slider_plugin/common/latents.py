@@ -14,13 +14,15 @@ if TYPE_CHECKING:
 def normalised_by_channel(vae: Any, frames_BCFHW: Tensor) -> Tensor:
     """The mode of a video autoencoder's posterior, `(z - latents_mean) / latents_std` by channel, `(B, C, f, h, w)`.
 
-    The statistics are in the autoencoder's configuration (Wan, Qwen-Image: diffusers autoencoder_kl_wan.py).
+    The statistics are in the autoencoder's configuration, C numbers (Wan, Qwen-Image: diffusers autoencoder_kl_wan.py) or as
+    many for each latent frame, channel by channel (Cosmos 1: diffusers pipeline_cosmos_text2world.py:667-678).
     """
     from slider_plugin.loading import posterior_mode
 
     z_BCfhw: Tensor = posterior_mode(vae.encode(frames_BCFHW))
+    channels, frames = z_BCfhw.shape[1:3]
     statistics = vae.config.latents_mean, vae.config.latents_std
-    mean, std = (z_BCfhw.new_tensor(by_channel).view(1, -1, 1, 1, 1) for by_channel in statistics)
+    mean, std = (z_BCfhw.new_tensor(numbers).view(1, channels, -1, 1, 1)[:, :, :frames] for numbers in statistics)
     return (z_BCfhw - mean) / std
 
 

@@ -55,6 +55,9 @@ class Encoded:
     latents: dict[tuple[str, Path], Tensor]
     """By bucket and file, `(C, H, W)` or what the family makes of its media, float32 on the CPU."""
 
+    conditions: dict[tuple[str, Path], Conditioning]
+    """By bucket and file, what the denoiser is told about the image itself, on the CPU."""
+
     prompts: dict[str, Conditioning]
     """By caption, on the CPU."""
 
@@ -71,9 +74,10 @@ class Encoded:
         """The images and captions of a draw; the same for the same draw in any process."""
         samples = self.buckets[draw.bucket].batch(draw.epoch, draw.index, self.seed, self.batch_size)
         captions = self._with_dropout(draw, [s.caption for s in samples])
-        clean_BCHW = torch.stack([self.latents[draw.bucket, s.item.path] for s in samples]).to(self.device)
-        conditioning = tuple(_to(self.prompts[caption], self.device) for caption in captions)
-        return Batch(draw, clean_BCHW, conditioning, tuple(s.item.path for s in samples))
+        keys = [(draw.bucket, s.item.path) for s in samples]
+        clean_BCHW = torch.stack([self.latents[key] for key in keys]).to(self.device)
+        told = [{**self.prompts[caption], **self.conditions[key]} for caption, key in zip(captions, keys, strict=True)]
+        return Batch(draw, clean_BCHW, tuple(_to(c, self.device) for c in told), tuple(path for _, path in keys))
 
     def _with_dropout(self, draw: Draw, captions: list[str]) -> list[str]:
         if not self.caption_dropout:
@@ -88,7 +92,7 @@ def encode_once(
     """Encode all images and captions of the buckets.
 
     Args:
-        family: whose hooks `encode_images` and `encode_prompts` are called.
+        family: whose hooks `encode_images`, `condition_on_images` and `encode_prompts` are called.
         components: the loaded model, on its device.
         buckets: the opened buckets.
         config: the `RunConfig`.
@@ -101,9 +105,13 @@ def encode_once(
     if config.caption_dropout_probability:
         captions[""] = None
     with torch.no_grad():
+        encoded = {
+            key: (z, told) for key, z, told in _encode_images(family, components, buckets, config.max_image_pixels, device)
+        }
         return Encoded(
             buckets={bucket.name: bucket for bucket in buckets},
-            latents=dict(_encode_images(family, components, buckets, config.max_image_pixels, device)),
+            latents={key: latents for key, (latents, _) in encoded.items()},
+            conditions={key: told for key, (_, told) in encoded.items()},
             prompts=dict(_encode_prompts(family, components, list(captions))),
             seed=config.seed,
             batch_size=config.train_batch_size,
@@ -114,7 +122,7 @@ def encode_once(
 
 def _encode_images(
     family: LoadedFamily, components: Components, buckets: Sequence[Bucket], max_pixels: int, device: torch.device
-) -> Iterator[tuple[tuple[str, Path], Tensor]]:
+) -> Iterator[tuple[tuple[str, Path], Tensor, Conditioning]]:
     dtype, frames = _image_dtype(components), "video" in family.facts.modalities
     for bucket in buckets:
         kind = KINDS[bucket.config.dataset_type]
@@ -127,10 +135,11 @@ def _encode_images(
                 if frames and media_B.ndim == 4:
                     media_B = media_B.unsqueeze(2)  # an image is a video of one frame
                 latents_B = family.encode_images(components, media_B).float().cpu()
-                for item, latents in zip(items, latents_B, strict=True):
+                told_B = family.condition_on_images(components, media_B)
+                for item, latents, told in zip(items, latents_B, told_B, strict=True):
                     if not torch.isfinite(latents).all():
                         raise UserError(f"{item.path}: its latents are not finite; try mixed_precision no")
-                    yield (bucket.name, item.path), latents.clone()
+                    yield (bucket.name, item.path), latents.clone(), _kept(told)
 
 
 def _image_dtype(components: Components) -> torch.dtype:
@@ -143,7 +152,11 @@ def _encode_prompts(
 ) -> Iterator[tuple[str, Conditioning]]:
     for chunk in _chunks(captions, PROMPTS_AT_ONCE):
         for caption, conditioning in zip(chunk, family.encode_prompts(components, chunk), strict=True):
-            yield caption, {name: tensor.detach().cpu().clone() for name, tensor in conditioning.items()}
+            yield caption, _kept(conditioning)
+
+
+def _kept(conditioning: Conditioning) -> Conditioning:
+    return {name: tensor.detach().cpu().clone() for name, tensor in conditioning.items()}
 
 
 def _to(conditioning: Conditioning, device: torch.device) -> Conditioning:

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from slider_hooks import Diffusion, Flow
+from slider_plugin.errors import UserError
 from slider_plugin.testing.subject import PROMPTS, Subject, answered_by
-from slider_plugin.training.noise import DiffusionProcess, NoiseProcess, noise_process
-from slider_plugin.validation.render import call_arguments, undisturbed
+from slider_plugin.training.noise import ContinuousDiffusionProcess, DiffusionProcess, NoiseProcess, noise_process
+from slider_plugin.validation.render import call_arguments, check_image, undisturbed
 
 STEPS = 4  # of the sampler
 
@@ -87,14 +88,25 @@ def left_over(scheduler: Any) -> float:
 
 def drawing_arguments(subject: Subject, pipeline: Any, guidance_scale: float) -> dict[str, Any]:
     """Arguments of the pipeline's call for the test media's size."""
-    wanted = {
+    wanted: dict[str, Any] = {
         "height": subject.size,
         "width": subject.size,
         "num_frames": subject.media().shape[2],
         "num_inference_steps": STEPS,
         "guidance_scale": guidance_scale,
     }
+    if begins_with_an_image(pipeline):
+        wanted["image"] = subject.first_image()
     return call_arguments(pipeline, wanted | dict(subject.family.facts.call_kwargs))
+
+
+def begins_with_an_image(pipeline: Any) -> bool:
+    """Whether a pipeline cannot draw without an image."""
+    try:
+        check_image(type(pipeline), None)
+    except UserError:
+        return True
+    return False
 
 
 def _clean(subject: Subject) -> Tensor:
@@ -168,11 +180,26 @@ def _noise_in(process: NoiseProcess, noisy: Tensor, clean: Tensor, time_B: Tenso
 
 
 def time_from(process: NoiseProcess, told_1: Tensor) -> Tensor:
-    """Our time from what the denoiser was told, which is a linear function of it wherever it is not the time itself."""
+    """Our time from what the denoiser was told.
+
+    It is the time itself for most diffusion models, a linear function of it for flow models, and else something that rises.
+    """
+    if isinstance(process, ContinuousDiffusionProcess):
+        return told_1 if process.time is None else _where(process.time, told_1.double())
     if isinstance(process, DiffusionProcess):
-        return told_1 if process.alphas_cumprod_N.numel() == 0 else told_1.round().long()
+        return told_1.round().long()
     first, last = (process.told(torch.tensor([end])) for end in (0.0, 1.0))
     return ((told_1 - first) / (last - first)).clamp(0.0, 1.0)
+
+
+def _where(rising: Callable[[Tensor], Tensor], value_1: Tensor) -> Tensor:
+    """The r in 0..1 at which a rising function has a value, by bisection."""
+    low_1, high_1 = torch.zeros_like(value_1), torch.ones_like(value_1)
+    for _ in range(60):
+        middle_1 = (low_1 + high_1) / 2
+        below_1 = rising(middle_1) < value_1
+        low_1, high_1 = torch.where(below_1, middle_1, low_1), torch.where(below_1, high_1, middle_1)
+    return (low_1 + high_1) / 2
 
 
 def first_answer(answer: Any) -> Tensor:

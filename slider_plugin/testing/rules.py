@@ -165,8 +165,8 @@ def wrong_conventions(subject: Subject) -> dict[str, Flow | Diffusion]:
             "sign": dataclasses.replace(noise, sign=-noise.sign),
             "time": dataclasses.replace(noise, time=lambda sigma_B: right(1.0 - sigma_B)),
         }
+    wrong: dict[str, Flow | Diffusion] = {"sign": dataclasses.replace(noise, sign=-noise.sign)}
     predicts_v = subject.components.prediction == "v_prediction"
-    wrong: dict[str, Flow | Diffusion] = {}
     wrong["prediction"] = dataclasses.replace(noise, prediction="epsilon" if predicts_v else "v_prediction")
     if (alpha_bar := noise.alpha_bar) is not None:
         wrong["time"] = dataclasses.replace(noise, alpha_bar=lambda r_B: alpha_bar(1.0 - r_B))
@@ -183,6 +183,9 @@ def validation_draws_at_three_scales(subject: Subject) -> None:
     """Through the real pipeline; scale 0 is the base image, the others differ from it."""
     adapter = attached(subject, trained=True)
     with tempfile.TemporaryDirectory() as folder:
+        image = Path(folder) / "first.png"
+        if oracle.begins_with_an_image(subject.family.build_pipeline(subject.components)):
+            subject.first_image().save(image)
         drawn = render(
             subject.family,
             subject.components,
@@ -198,6 +201,7 @@ def validation_draws_at_three_scales(subject: Subject) -> None:
                 height=subject.size,
                 steps=2,
                 guidance_scale=subject.family.facts.guidance_scale,
+                image=str(image) if image.exists() else None,
                 num_frames=subject.media().shape[2] if "video" in subject.family.facts.modalities else 1,
                 extra=subject.family.facts.call_kwargs,
             ),
@@ -242,7 +246,7 @@ def _loss(subject: Subject, positive: bool) -> Tensor:
     text = subject.conditioning(PROMPTS)
 
     def predict(noisy: Tensor, time_B: Tensor) -> Tensor:
-        return process.output(subject.family.predict(subject.components, noisy, process.told(time_B), text))
+        return process.output(subject.predict_at(noisy, process.told(time_B), text))
 
     return learning_loss(predict, process.add_noise(clean, noise, time_B), time_B, process.target(clean, noise, time_B))
 

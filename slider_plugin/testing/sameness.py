@@ -36,7 +36,7 @@ def gap(subject: Subject) -> float:
     subject.components.options = {**subject.components.options, **_guidance(subject)}
     calls = _calls_of(subject, lambda: _draw(subject))
     told = _named(calls[0], TIME, place=1).reshape(-1)[:1]
-    (own, *_) = _calls_of(subject, lambda: subject.family.predict(subject.components, noisy, told, text))
+    (own, *_) = _calls_of(subject, lambda: subject.predict_at(noisy, told, text))
     real = type(subject.denoiser).forward
     ours = first_answer(real(subject.denoiser, *own[0], **own[1]))[0]
     rows: list[Tensor] = []

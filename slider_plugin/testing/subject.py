@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from slider_hooks import Components, Conditioning, LoadRequest, TargetRequest
@@ -40,14 +41,26 @@ class Subject:
         return denoiser
 
     def media(self, count: int = 1, wider: int = 1) -> Tensor:
-        """Smooth test media in -1..1 as `encode_images` takes them; `wider` times as wide, or as long."""
+        """Test media in -1..1 as `encode_images` takes them, images in 8 bits; `wider` times as wide, or as long."""
         modalities = self.family.facts.modalities
         generator = torch.Generator().manual_seed(7)
         if "audio" in modalities:
             return torch.rand(count, 2, self.size * wider, generator=generator) * 2 - 1
         frames = (self.family.facts.tiny_frames,) if "video" in modalities else ()
         shape = (count, 3, *frames, self.size, self.size * wider)
-        return torch.rand(shape, generator=generator) * 2 - 1
+        return torch.randint(256, shape, generator=generator) / 127.5 - 1.0
+
+    def first_image(self) -> Image.Image:
+        """The first image, or first frame, of `media`."""
+        media = self.media()
+        first_3HW = ((media[0, :, 0] if media.ndim == 5 else media[0]) + 1.0) * 127.5
+        return Image.fromarray(first_3HW.round().to(torch.uint8).permute(1, 2, 0).numpy())
+
+    @torch.no_grad()
+    def told(self, latents: Tensor) -> list[Conditioning]:
+        """What `condition_on_images` says about media that gave latents of this shape."""
+        usual = self.latents().shape
+        return list(self.family.condition_on_images(self.components, self.media(len(latents), latents.shape[-1] // usual[-1])))
 
     @torch.no_grad()
     def latents(self, count: int = 1, wider: int = 1) -> Tensor:
@@ -69,8 +82,12 @@ class Subject:
         from slider_plugin.training.noise import noise_process
 
         process = noise_process(self.family.facts, self.components)
-        time_B = process.at(time, len(noisy))
-        return self.family.predict(self.components, noisy, process.told(time_B), conditioning)
+        return self.predict_at(noisy, process.told(process.at(time, len(noisy))), conditioning)
+
+    def predict_at(self, noisy: Tensor, told: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
+        """One call of the denoiser at what it is told about the time, `(B,)`."""
+        known = [{**text, **image} for text, image in zip(conditioning, self.told(noisy), strict=True)]
+        return self.family.predict(self.components, noisy, told, known)
 
     def targets(self, include_joint: bool = True) -> TargetPlan:
         """The slider targets of the loaded model."""

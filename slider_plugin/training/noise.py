@@ -98,6 +98,7 @@ class DiffusionProcess:
     alphas_cumprod_N: Tensor
     prediction: str
     time_range: tuple[float, float] = WHOLE
+    sign: int = 1
 
     def draw_time(self, count: int, generator: torch.Generator) -> Tensor:
         first, after_last = (round(share * len(self.alphas_cumprod_N)) for share in self.time_range)
@@ -128,7 +129,7 @@ class DiffusionProcess:
         return time_B
 
     def output(self, answer_BCHW: Tensor) -> Tensor:
-        return answer_BCHW
+        return answer_BCHW if self.sign == 1 else -answer_BCHW
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ class ContinuousDiffusionProcess(DiffusionProcess):
     """The same over continuous time r, 0 (image) to 1 (noise), with the cumulative alpha a function that the family states."""
 
     alpha_bar_at: Callable[[Tensor], Tensor] = torch.ones_like
+    time: Callable[[Tensor], Tensor] | None = None
 
     def draw_time(self, count: int, generator: torch.Generator) -> Tensor:
         return _within(torch.rand(count, generator=generator), *self.time_range)
@@ -146,6 +148,9 @@ class ContinuousDiffusionProcess(DiffusionProcess):
     def alpha_bar(self, time_B: Tensor) -> Tensor:
         return self.alpha_bar_at(time_B)
 
+    def told(self, time_B: Tensor) -> Tensor:
+        return time_B if self.time is None else self.time(time_B)
+
 
 def noise_process(family: Family, components: Components) -> NoiseProcess:
     """The noise process that a family declares, with what its loaded scheduler adds."""
@@ -155,9 +160,9 @@ def noise_process(family: Family, components: Components) -> NoiseProcess:
         shift = family.noise.shift if family.noise.shift is not None else published
         return FlowProcess(family.noise, float(shift), components.time_range)
     assert isinstance(family.noise, Diffusion)
-    if family.noise.alpha_bar is not None:
-        no_table = torch.empty(0)
-        return ContinuousDiffusionProcess(no_table, components.prediction, components.time_range, family.noise.alpha_bar)
+    stated, common = family.noise, (components.prediction, components.time_range, family.noise.sign)
+    if stated.alpha_bar is not None:
+        return ContinuousDiffusionProcess(torch.empty(0), *common, stated.alpha_bar, stated.time)
     alphas: Tensor | None = getattr(components.scheduler, "alphas_cumprod", None)
     if alphas is None:
         raise UserError(
@@ -165,4 +170,4 @@ def noise_process(family: Family, components: Components) -> NoiseProcess:
             f"and {family.name} trains nothing else; use another version of the model"
         )
     alphas_N = alphas.detach().float().cpu()
-    return DiffusionProcess(alphas_N, components.prediction, components.time_range)
+    return DiffusionProcess(alphas_N, *common)

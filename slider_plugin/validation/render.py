@@ -15,15 +15,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from slider_hooks import Components, PromptEntry
+from slider_plugin.data.images import load_image
 from slider_plugin.errors import UserError
 from slider_plugin.files import replacing, safe_name, write_json
 from slider_plugin.validation import strips
 from slider_plugin.validation.plan import Panel, Plan, Shot, plan_validation
 from slider_plugin.validation.samples import Sample, samples_of
 from slider_plugin.validation.strips import format_strength
+
+MOST_PIXELS = 64_000_000
+"""Of the image that a video begins with."""
 
 
 class DrawingFamily(Protocol):
@@ -50,6 +54,9 @@ class DrawSettings:
     guidance_scale: float
     negative_prompt: str | None = None
     num_frames: int = 1
+    image: str | None = None
+    """File of the image that videos begin with."""
+
     batch_size: int = 1
     extra: Mapping[str, Any] = field(default_factory=dict)
     """The family's own arguments of the pipeline's call."""
@@ -103,6 +110,7 @@ def render(
         return Rendered(place, {})
     files = _Files(place, plan)
     pipeline = family.build_pipeline(components)
+    check_image(type(pipeline), settings.image)
     with undisturbed(components, pipeline):
         for scale, shots in plan.by_scale():
             with adapter.scaled(scale):
@@ -197,9 +205,34 @@ def _call(pipeline: Any, batch: Sequence[Shot], settings: DrawSettings) -> list[
     }
     if settings.negative_prompt is not None:
         wanted["negative_prompt"] = [settings.negative_prompt] * len(batch)
+    if settings.image is not None:
+        wanted["image"] = _first_frame(settings.image, settings.width, settings.height)
     taken = call_arguments(pipeline, wanted | dict(settings.extra))
     prompts = [shot.entry.prompt for shot in batch]
     return samples_of(pipeline(prompt=prompts, generator=generators, **taken), pipeline, len(batch))
+
+
+def _first_frame(file: str, width: int, height: int) -> Image.Image:
+    """The image at the size of the video, cut in the middle where its aspect is another."""
+    return ImageOps.fit(load_image(Path(file), MOST_PIXELS), (width, height), Image.Resampling.LANCZOS)
+
+
+def check_image(pipeline_class: Any, image: str | None) -> None:
+    """Raise UserError if a pipeline cannot draw without an image and none is given, or one is given that it would ignore.
+
+    Args:
+        pipeline_class: class of the pipeline.
+        image: file, or None.
+    """
+    parameter = inspect.signature(pipeline_class.__call__).parameters.get("image")
+    needed = parameter is not None and parameter.default is parameter.empty
+    if needed and image is None:
+        raise UserError(
+            f"validation_image: {pipeline_class.__name__} begins its videos with an image, and none is given; "
+            "name a file, or set validation_disable"
+        )
+    if image is not None and not needed:
+        raise UserError(f"validation_image: {pipeline_class.__name__} begins with no image; leave the key out")
 
 
 def call_arguments(pipeline: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:

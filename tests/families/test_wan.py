@@ -1,4 +1,5 @@
-"""Wan 2.2: two denoisers for two parts of the noise, and a model that is told the time of every token."""
+"""Wan beyond the text-to-video model of 2.1: two denoisers for two parts of the noise, a model that is told the time of every
+token, models that begin with an image."""
 
 from __future__ import annotations
 
@@ -85,3 +86,45 @@ def test_rules_hold_where_every_token_is_told_its_time(one: WanPipeline, tmp_pat
             ),
         ).save_pretrained(tmp_path)  # fmt: skip
     RULES[rule](load(tmp_path))
+
+
+# --- Image to video ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[True, False], ids=["clip", "no clip"])
+def from_image(request: pytest.FixtureRequest, tiny_image_to_video: Callable[[bool], Path]) -> Path:
+    return tiny_image_to_video(request.param)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_hold_where_the_first_frame_is_given(from_image: Path, rule: str) -> None:
+    RULES[rule](load(from_image))
+
+
+def test_another_first_frame_is_another_answer(from_image: Path) -> None:
+    """Or the rule that training asks what the pipeline asks would hold for a frame that nobody looks at."""
+    subject = load(from_image)
+    noisy, text = subject.latents(), subject.conditioning()
+    right = subject.predict(noisy, text)
+    told = subject.family.condition_on_images(subject.components, -subject.media())
+    wrong = subject.family.predict(subject.components, noisy, torch.tensor([500.0]), [{**text[0], **told[0]}])
+    assert float((right - wrong).abs().max() / right.std()) > 0.1
+
+
+def test_one_image_teaches_an_image_to_video_model_nothing(from_image: Path) -> None:
+    subject = load(from_image)
+    with pytest.raises(UserError, match="learns nothing from one image; use videos"):
+        subject.family.condition_on_images(subject.components, subject.media()[:, :, :1])
+
+
+def test_a_control_model_is_refused(one: WanPipeline, tmp_path: Path) -> None:
+    """It has as many input channels as Wan 2.2 TI2V, and answers with fewer."""
+    with seeded(0):
+        control = WanTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=12, text_dim=16, freq_dim=32, ffn_dim=48, num_layers=1, in_channels=48
+        )
+        WanPipeline(
+            vae=one.vae, text_encoder=one.text_encoder, tokenizer=one.tokenizer, scheduler=one.scheduler, transformer=control
+        ).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="takes 32 channels beside its noise"):
+        load(tmp_path)

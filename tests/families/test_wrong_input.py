@@ -65,6 +65,16 @@ def test_an_inpainting_unet(tiny_folders: Folders, tmp_path: Path, family: str) 
     assert "in_channels is 9" in refused(family, changed(tiny_folders(family), tmp_path / "inpaint", "unet", in_channels=9))
 
 
+def test_a_wan_model_of_first_and_last_frame(tiny_folders: Folders, tmp_path: Path) -> None:
+    both = changed(tiny_folders("wan"), tmp_path / "flf", "transformer", in_channels=36, pos_embed_seq_len=514)
+    assert "pos_embed_seq_len is 514" in refused("wan", both)
+
+
+@pytest.mark.parametrize(("family", "other"), [("cosmos1", "cosmos2"), ("cosmos2", "cosmos1")])
+def test_the_other_cosmos(tiny_folders: Folders, family: str, other: str) -> None:
+    assert "extra_pos_embed_type is" in refused(family, tiny_folders(other))
+
+
 def flux(folder: Path, **options: Any) -> Any:
     family = Plugins.discover().load("flux")
     values = {option.name: option.default for option in family.facts.options} | options
