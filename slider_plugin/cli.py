@@ -28,6 +28,8 @@ app.add_typer(plugins_app, name="plugins")
 # command line's own parser the value of an unknown flag would look like the file.
 ANY_KEY = {"allow_extra_args": True, "ignore_unknown_options": True}
 
+PluginFiles = Annotated[list[str] | None, typer.Option("--plugin", help="File of a family that is not installed")]
+
 
 def main() -> None:
     """The console script."""
@@ -63,8 +65,10 @@ def _is_usage_error(error: Exception) -> bool:
 def train(
     context: typer.Context,
     keys: Annotated[bool, typer.Option("--keys", help="List every key with its default and stop")] = False,
+    plugin: PluginFiles = None,
 ) -> int:
     """Train a slider: `[CONFIG] [--key value ...]`, where CONFIG is JSON or YAML and every key is also a flag."""
+    _use_files(plugin)
     if keys:
         _print_keys()
         return 0
@@ -80,8 +84,9 @@ def train(
 
 
 @app.command(context_settings=ANY_KEY)
-def doctor(context: typer.Context) -> None:
+def doctor(context: typer.Context, plugin: PluginFiles = None) -> None:
     """Check `[CONFIG] [--key value ...]` and print what a run would do; trains nothing, writes nothing."""
+    _use_files(plugin)
     run_config = _read(context.args)
     from slider_plugin.doctor import examine
 
@@ -93,8 +98,10 @@ def validate(
     context: typer.Context,
     adapter: Annotated[Path | None, typer.Option(help="Slider file; the run's own slider.safetensors by default")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the images; `validation` in output_dir by default")] = None,
+    plugin: PluginFiles = None,
 ) -> None:
     """Draw a finished slider, `[CONFIG] [--key value ...]`: each prompt at its own strength and at 0, and a strip."""
+    _use_files(plugin)
     run_config = _read(context.args)
     from slider_plugin import run
 
@@ -105,14 +112,22 @@ def validate(
 
 @app.command()
 def targets(
-    family: Annotated[str, typer.Argument(help="Model family, see `slider plugins list`")],
+    family: Annotated[str | None, typer.Argument(help="Model family, see `slider plugins list`")] = None,
     model: Annotated[Path | None, typer.Option(help="Folder of a pipeline, instead of the published model")] = None,
     flavour: Annotated[str | None, typer.Option(help="Published version, instead of the default one")] = None,
     include_joint: Annotated[bool, typer.Option(help="Modules that see text and image tokens together, too")] = True,
+    probe: Annotated[Path | None, typer.Option(help="Folder of a pipeline that no family describes: measure it")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One object")] = False,
+    plugin: PluginFiles = None,
 ) -> None:
-    """Show where a slider attaches on a published model; needs no weights and no download."""
+    """Show where a slider attaches on a published model; needs no weights and no download, but with --probe it does."""
+    _use_files(plugin)
     _quiet_libraries()
+    if probe is not None:
+        _probe(probe, [family, model, flavour], as_json)
+        return
+    if family is None:
+        raise UserError("slider targets: give a FAMILY (`slider plugins list`), or the folder of any pipeline with --probe")
     from slider_plugin import targets_cmd
     from slider_plugin.registry import Plugins
 
@@ -122,6 +137,19 @@ def targets(
         sys.stdout.write(targets_cmd.as_json(facts) + "\n")
     else:
         console.out.print(targets_cmd.render(facts, loaded.facts.limits))
+
+
+def _probe(folder: Path, others: list[object], as_json: bool) -> None:
+    if any(value is not None for value in others):
+        raise UserError("--probe measures a folder without any family: leave FAMILY, --model and --flavour out")
+    from slider_plugin import probe_cmd
+    from slider_plugin.probing import probe_folder
+
+    found = probe_folder(folder)
+    if as_json:
+        sys.stdout.write(probe_cmd.as_json(found) + "\n")
+    else:
+        console.out.print(probe_cmd.render(found))
 
 
 @app.command()
@@ -152,6 +180,51 @@ def plugins_list(
         sys.stdout.write(plugins_cmd.as_json(rows) + "\n")
     else:
         console.out.print(plugins_cmd.render_table(rows))
+
+
+@plugins_app.command("check")
+def plugins_check(
+    what: Annotated[str, typer.Argument(help="A family's name, `module:attribute`, or the path of a .py file")],
+    as_json: Annotated[bool, typer.Option("--json", help="An array of objects, one for each rule")] = False,
+) -> int:
+    """Import and lint a plugin and run the conformance rules on its tiny pipeline; exit code 2 if one fails."""
+    _quiet_libraries()
+    from slider_plugin import check_cmd
+
+    results = check_cmd.results_of(what)
+    if as_json:
+        found = list(results)
+        sys.stdout.write(check_cmd.as_json(found) + "\n")
+    else:
+        found = check_cmd.printing(results)
+    return 0 if all(result.passed for result in found) else 2
+
+
+def _use_files(plugin: list[str] | None) -> None:
+    """Let the families of these files take part, here and in the processes that this one starts."""
+    if plugin:
+        from slider_plugin import loose
+
+        loose.add(plugin)
+
+
+@plugins_app.command("new")
+def plugins_new(
+    name: Annotated[str, typer.Argument(help="The family's name: lower case, digits and underscores")],
+    source: Annotated[
+        Path | None, typer.Option("--from", help="Pipeline folder: measure its denoiser and targets, and start from these")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the package; slider-family-NAME by default")] = None,
+) -> None:
+    """Write an installable package for a new family, which trains as it stands; nothing is overwritten."""
+    if source is not None:
+        _quiet_libraries()
+    from slider_plugin import plugins_new
+
+    folder = plugins_new.create(name, output, source)
+    for command in plugins_new.next_steps(name, folder, probed=source is not None):
+        console.say(f"next: {command}")
+    console.out.print(str(folder), markup=False)
 
 
 def _read(arguments: list[str]) -> Any:

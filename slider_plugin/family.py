@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
+import os
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pluggy
@@ -23,7 +28,9 @@ from slider_hooks import (
     TargetRequest,
     specs,
 )
+from slider_plugin import console
 from slider_plugin.errors import PluginError, UserError
+from slider_plugin.lint import IMPL
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,25 +39,84 @@ if TYPE_CHECKING:
     from slider_plugin.registry import PluginRow
 
 
-class LoadedFamily:
-    """One family and the host's defaults behind one typed method for each hook.
+TRACE = "SLIDER_PLUGIN_TRACE"
+"""Environment variable: at 1, each call of a hook is printed, with who answered, how long it took and what came back."""
 
-    The plugins of other families are not even registered, so none can answer for this one. What a hook raises passes
-    through with a note that says whose hook it was; what it returns is checked.
+DEFAULT, FAMILY = "default", "family"
+"""Names of those who may answer, besides `extension <distribution>:<name>`."""
+
+
+class LoadedFamily:
+    """One family, the extensions and the host's defaults behind one typed method for each hook.
+
+    Extensions are asked first, then the family, then the defaults. The plugins of other families are not even registered, so
+    none can answer for this one. What a hook raises passes through with a note that says whose hook it was; what it returns is
+    checked.
     """
 
-    def __init__(self, row: PluginRow, plugin: Any, defaults: Any) -> None:
+    def __init__(self, row: PluginRow, plugin: Any, defaults: Any, extensions: Sequence[tuple[PluginRow, Any]] = ()) -> None:
         self.facts: Family = plugin.FAMILY
         self.distribution, self.version = row.distribution, row.version
-        self._row, self._plugin = row, plugin
-        manager = pluggy.PluginManager(PROJECT)
-        manager.add_hookspecs(specs)
-        manager.register(defaults, name="defaults")
+        self._row = row
+        self._rows: dict[str, PluginRow] = {}
+        self._answered: dict[str, str] = {}
+        self._manager = pluggy.PluginManager(PROJECT)
+        self._manager.add_hookspecs(specs)
+        self._register(defaults, DEFAULT)
+        self._register(plugin, FAMILY, row)  # whoever comes later is asked earlier
+        for extension_row, extension in reversed(extensions):
+            self._register(extension, f"extension {extension_row.key}", extension_row)
+        self._hooks: dict[str, pluggy.HookCaller] = {
+            name: getattr(self._manager.hook, name) for name in (*specs.HOOKS, *specs.OBSERVERS)
+        }
+        self._assert_one_replacement()
+
+    def _register(self, plugin: Any, owner: str, row: PluginRow | None = None) -> None:
+        """Register a plugin's hooks under its owner's name, each of them noting when it has answered."""
+        if row is not None:
+            self._rows[owner] = row
         try:
-            manager.register(plugin, name=row.key)  # last, so that it is asked first
+            self._manager.register(self._noting(plugin, owner), name=owner)
         except pluggy.PluginValidationError as error:
-            raise PluginError(f"{row} cannot be used: {error}. Way out: {row.way_out()}") from error
-        self._hooks: dict[str, pluggy.HookCaller] = {name: getattr(manager.hook, name) for name in specs.HOOKS}
+            raise PluginError(f"{row} cannot be used: {error}. Way out: {row and row.way_out()}") from error
+
+    def _noting(self, plugin: Any, owner: str) -> SimpleNamespace:
+        functions = {
+            name: getattr(plugin, name) for name in dir(plugin) if inspect.isroutine(inspect.getattr_static(plugin, name))
+        }
+        implementations = {name: f for name, f in functions.items() if getattr(f, IMPL, None)}
+        return SimpleNamespace(**{name: self._noted(name, f, owner) for name, f in implementations.items()})
+
+    def _noted(self, name: str, function: Callable[..., Any], owner: str) -> Callable[..., Any]:
+        options = getattr(function, IMPL)
+        hook = options["specname"] or name
+        if options["wrapper"] or options["hookwrapper"]:
+            return function
+
+        @functools.wraps(function)  # which keeps the marker, and the names of the arguments
+        def noted(*arguments: Any) -> Any:
+            try:
+                answer = function(*arguments)
+            except UserError:
+                raise
+            except Exception as error:
+                error.add_note(self._where(hook, owner))
+                raise
+            if answer is not None:
+                self._answered[hook] = owner
+            return answer
+
+        return noted
+
+    def _assert_one_replacement(self) -> None:
+        for hook in specs.FOR_EVERY_FAMILY:
+            rivals = [impl.plugin_name for impl in self._implementations(hook) if impl.plugin_name not in (DEFAULT, FAMILY)]
+            if len(rivals) > 1:
+                keys = [rival.removeprefix("extension ") for rival in rivals]
+                raise PluginError(
+                    f"{hook} is replaced by {' and by '.join(sorted(rivals))}, and one run has one; "
+                    f"leave one out with SLIDER_PLUGIN_BLOCK={sorted(keys)[-1]}"
+                )
 
     def resolve_lora_targets(self, denoiser: Module, controlnet: Module | None, request: TargetRequest) -> ResolvedTargets:
         hook = "resolve_lora_targets"
@@ -119,20 +185,41 @@ class LoadedFamily:
             "hooks": {hook: self._owner(hook) for hook in specs.HOOKS},
         }
 
+    @property
+    def is_observed(self) -> bool:
+        """Whether an extension listens."""
+        return bool(self._hooks["observe"].get_hookimpls())
+
+    def observe(self, event: str, **facts: Any) -> None:
+        """Tell the extensions that listen what has happened."""
+        self._call("observe", event=event, facts=facts)
+
     def _owner(self, hook: str) -> str:
-        """Who answers: the family, the host's default, or the default with the family's wrapper around it."""
-        own = [impl for impl in self._hooks[hook].get_hookimpls() if impl.plugin is self._plugin]
-        wrapped = all(impl.wrapper or impl.hookwrapper for impl in own)
-        return "default" if not own else "wrapped default" if wrapped else "family"
+        """Who answered, or will answer if asked: `family`, `default`, `extension ...`; and who wraps the answer."""
+        inner = [impl.plugin_name for impl in self._implementations(hook)]
+        owner = self._answered.get(hook) or (inner[-1] if inner else "nobody")  # pluggy asks the last one first
+        wrappers = [impl.plugin_name for impl in self._hooks[hook].get_hookimpls() if impl.wrapper or impl.hookwrapper]
+        own = "wrapped " if FAMILY in wrappers else ""
+        others = [wrapper for wrapper in wrappers if wrapper != FAMILY]
+        return own + owner + "".join(f", wrapped by {wrapper}" for wrapper in others)
+
+    def _implementations(self, hook: str) -> list[pluggy.HookImpl]:
+        """Those that answer a hook, the one that is asked first at the end."""
+        return [impl for impl in self._hooks[hook].get_hookimpls() if not (impl.wrapper or impl.hookwrapper)]
 
     def _call(self, hook: str, **arguments: Any) -> Any:
+        started = time.perf_counter()
         try:
             answer = self._hooks[hook](family=self.facts, **arguments)
         except UserError:
             raise
         except Exception as error:
-            error.add_note(self._where(hook))
+            if not hasattr(error, "__notes__"):  # a wrapper's; whoever answers notes it himself
+                error.add_note(self._where(hook))
             raise
+        if tracing():
+            milliseconds = (time.perf_counter() - started) * 1000
+            console.say(f"{hook}: {self._owner(hook)} of {self._row.key}, {milliseconds:.1f} ms: {_gist(answer)}")
         if answer is None:
             self._refuse(hook, "gave None, and nobody else answers")
         return answer
@@ -150,11 +237,27 @@ class LoadedFamily:
             self._expect(hook, item, Mapping)
         return encoded
 
-    def _where(self, hook: str) -> str:
-        return f"in hook {hook} of {self._row}, answered by the {self._owner(hook)}"
+    def _where(self, hook: str, owner: str | None = None) -> str:
+        owner = owner or self._answered.get(hook)
+        return f"in hook {hook} of {self._rows.get(owner or FAMILY, self._row)}, answered by the {owner or self._owner(hook)}"
 
     def _refuse(self, hook: str, complaint: str) -> NoReturn:
-        raise PluginError(f"{self._where(hook)}: it {complaint}")
+        row = self._rows.get(self._answered.get(hook, FAMILY), self._row)
+        raise PluginError(f"{self._where(hook)}: it {complaint}. Way out: {row.way_out()}")
+
+
+def tracing() -> bool:
+    """Whether each call of a hook is to be printed."""
+    return os.environ.get(TRACE, "0") not in ("", "0")
+
+
+def _gist(value: Any) -> str:
+    """The same for a trace: numbers as they are, and how long a list is."""
+    if isinstance(value, Real):
+        return f"{value:g}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"a {type(value).__name__} of {len(value)}"
+    return _short(value)
 
 
 def _short(value: Any) -> str:

@@ -16,7 +16,10 @@ from typing import Any
 from slider_hooks import PROJECT, Diffusion, Family, Flow, Option, Targets, specs
 
 IMPL, SPEC = f"{PROJECT}_impl", f"{PROJECT}_spec"  # the attributes in which pluggy's markers leave their options
+EVERY_HOOK = (*specs.HOOKS, *specs.OBSERVERS)
 NAME = re.compile(r"[a-z][a-z0-9_]*")
+CLASS = re.compile(r"((?!\d)\w+(\.(?!\d)\w+)*:)?(?!\d)\w+")
+"""A class of diffusers by its name, or one of a plugin's own as `package.module:Class`."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -27,7 +30,25 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def lint(plugin: object, name: str | None = None) -> list[str]:
     """Every finding about a family plugin; `name` is that of its entry point."""
-    return [*lint_family(getattr(plugin, "FAMILY", None), name), *lint_hooks(plugin)]
+    return [*lint_family(getattr(plugin, "FAMILY", None), name), *lint_hooks(plugin), *_lint_observers(plugin)]
+
+
+def lint_extension(plugin: object) -> list[str]:
+    """Every finding about an extension."""
+    allowed = (*specs.FOR_EVERY_FAMILY, *specs.OBSERVERS)
+    foreign = [hook for hook in specs.HOOKS if hook not in allowed and _implements(plugin, hook)]
+    findings = [f"{hook}: only a family answers it; an extension may have {', '.join(allowed)}" for hook in foreign]
+    return [*lint_hooks(plugin), *findings]
+
+
+def _lint_observers(plugin: object) -> list[str]:
+    heard = [hook for hook in specs.OBSERVERS if _implements(plugin, hook)]
+    return [f"{hook}: only extensions hear it; a family has no part in it" for hook in heard]
+
+
+def _implements(plugin: object, hook: str) -> bool:
+    functions = (getattr(plugin, name) for name in dir(plugin) if inspect.isroutine(inspect.getattr_static(plugin, name)))
+    return any((options := getattr(f, IMPL, None)) and (options["specname"] or f.__name__) == hook for f in functions)
 
 
 # --- Hooks -----------------------------------------------------------------------------------------------------------
@@ -46,13 +67,13 @@ def lint_hooks(plugin: object) -> list[str]:
 def _lint_function(name: str, function: Callable[..., Any]) -> Iterator[str]:
     options = getattr(function, IMPL, None)
     if options is None:
-        if name in specs.HOOKS:
+        if name in EVERY_HOOK:
             marker = "is marked with hookspec" if hasattr(function, SPEC) else "has no marker"
             yield f"{name}: has the name of a hook but {marker}; write @hookimpl above it, or rename it"
         return
     hook = options["specname"] or name
-    if hook not in specs.HOOKS:
-        yield f"{name}: no hook has this name{nearest(hook, specs.HOOKS)}; the hooks are {', '.join(specs.HOOKS)}"
+    if hook not in EVERY_HOOK:
+        yield f"{name}: no hook has this name{nearest(hook, EVERY_HOOK)}; the hooks are {', '.join(EVERY_HOOK)}"
         return
     yield from (f"{name}: {finding}" for finding in _lint_arguments(function, getattr(specs, hook)))
     yield from (f"{name}: {finding}" for finding in _lint_kind(function, options))
@@ -108,8 +129,11 @@ def _lint_names(family: Family, entry_point: str | None) -> Iterator[str]:
         yield "title is empty"
     if not family.denoiser.isidentifier():
         yield f"denoiser is {family.denoiser!r}; it is the name of a pipeline component, such as 'unet' or 'transformer'"
-    if not family.denoiser_class.isidentifier():
-        yield f"denoiser_class is {family.denoiser_class!r}; it is the _class_name in the config.json of the denoiser"
+    if not CLASS.fullmatch(family.denoiser_class):
+        yield (
+            f"denoiser_class is {family.denoiser_class!r}; it is the _class_name in the config.json of the denoiser, "
+            "or package.module:Class"
+        )
     if family.default_flavour is not None and family.default_flavour not in family.flavours:
         close = nearest(family.default_flavour, family.flavours)
         yield f"default_flavour {family.default_flavour!r} is not one of flavours{close}"

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import Distribution, EntryPoint, distributions
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from slider_hooks import (
     ARCHITECTURES,
@@ -24,12 +25,10 @@ from slider_hooks import (
     EXTENSIONS,
     Family,
 )
+from slider_plugin import loose
 from slider_plugin.errors import PluginError
 from slider_plugin.family import LoadedFamily
-from slider_plugin.lint import lint, lint_hooks, nearest
-
-if TYPE_CHECKING:
-    pass
+from slider_plugin.lint import lint, lint_extension, nearest
 
 HOST = "slider-plugin"
 """Our own distribution: what it brings is built in, and wins over a third party's family of the same name."""
@@ -39,6 +38,12 @@ BLOCK = "SLIDER_PLUGIN_BLOCK"
 
 ALLOW = "SLIDER_PLUGIN_ALLOW"
 """Environment variable: if set, the only third-party plugins to use, in the same words. Empty: built-ins alone."""
+
+STRICT = "SLIDER_PLUGIN_STRICT"
+"""Environment variable: at 1, any plugin that cannot be used stops every command, also those that do not need it."""
+
+LOOSE = "(file)"
+"""What stands for the distribution of a plugin that is not installed."""
 
 Status = Literal["available", "blocked", "shadowed", "clash", "missing", "broken"]
 Kind = Literal["architecture", "extension"]
@@ -79,10 +84,14 @@ class PluginRow:
 
     def __str__(self) -> str:
         what = f"family {self.name}" if self.kind == "architecture" else f"extension {self.name}"
+        if self.distribution == LOOSE:
+            return f"{what} ({self.target})"
         return f"{what} ({self.distribution} {self.version}, {self.target}, {locate(self.target) or 'no file'})"
 
     def way_out(self) -> str:
         """What to do about a plugin that does not work."""
+        if self.distribution == LOOSE:
+            return f"mend it, or leave it out of --plugin and {loose.EXTRA}"
         if self.builtin:
             return f"reinstall {HOST} (`pip install --force-reinstall --no-deps {HOST}`, or `pip install -e .` in a checkout)"
         return f"update it, remove it with `pip uninstall {self.distribution}`, or leave it out with {BLOCK}={self.key}"
@@ -155,9 +164,23 @@ def _row(point: EntryPoint, dist: Distribution | None) -> PluginRow:
     )
 
 
+def _loose_rows(environ: Mapping[str, str]) -> list[PluginRow]:
+    """One row for each family that is tried without being installed; these are imported here."""
+    rows = []
+    for target in loose.targets(environ):
+        unnamed = Path(target).stem if loose.is_file(target) else target
+        row = PluginRow(None, LOOSE, "", target, "available", None, "architecture", unnamed)
+        plugin = import_target(row)
+        name = getattr(getattr(plugin, "FAMILY", None), "name", unnamed)  # without a FAMILY, admit() says so
+        row = replace(row, family=name, name=name, version=loose.version(target))
+        admit(row, plugin)
+        rows.append(row)
+    return rows
+
+
 def missing(rows: list[PluginRow]) -> list[PluginRow]:
     """Mark the rows whose module is not there, as after moving a file without installing again."""
-    why = "{0.distribution} {0.version} says that it is in {0.target}, which does not exist; {1}"
+    why = "{0}: {0.distribution} {0.version} says that it is in {0.target}, which does not exist. Way out: {1}"
     return [row if locate(row.target) else replace(row, status="missing", error=why.format(row, row.way_out())) for row in rows]
 
 
@@ -167,9 +190,9 @@ def choose(rows: list[PluginRow], environ: Mapping[str, str]) -> list[PluginRow]
 
     def judge(row: PluginRow) -> PluginRow:
         if _names(row) & block:
-            return replace(row, status="blocked", error=f"named in {BLOCK}")
+            return replace(row, status="blocked", error=f"named in {BLOCK}; take it out of there to use it")
         if ALLOW in environ and not row.builtin and not _names(row) & allow:
-            return replace(row, status="blocked", error=f"not named in {ALLOW}")
+            return replace(row, status="blocked", error=f"not named in {ALLOW}; add {row.key} there to use it")
         return row
 
     return [judge(row) for row in rows]
@@ -204,12 +227,19 @@ def _rank(row: PluginRow, rivals: list[PluginRow]) -> PluginRow:
     if row.builtin or not rivals:
         return row
     if builtin:
-        why = f"is built in, and {builtin.distribution} {builtin.version} wins over {row.distribution} {row.version}"
-        way_out = f"to use this one, leave the built-in out with {BLOCK}={builtin.key}"
-        return replace(row, status="shadowed", error=f"family {row.name} {why}; {way_out}")
-    claims = " and ".join(sorted(f"{claim.distribution} {claim.version}" for claim in (row, *rivals)))
-    way_out = f"uninstall one (`pip uninstall {row.distribution}`), or leave one out with {BLOCK}={row.key}"
-    return replace(row, status="clash", error=f"family {row.name} is claimed by {claims}; {way_out}")
+        why = f"{row} has the name of a built-in family, and {builtin.distribution} {builtin.version} wins"
+        return replace(row, status="shadowed", error=f"{why}. Way out: leave the built-in one out with {BLOCK}={builtin.key}")
+    return replace(row, status="clash", error=_clash(sorted((row, *rivals), key=lambda claim: claim.key)))
+
+
+def _clash(claims: list[PluginRow]) -> str:
+    names = " and ".join(f"{claim.distribution} {claim.version}" for claim in claims)
+    files = ", ".join(locate(claim.target) or claim.target for claim in claims)
+    installed = [claim for claim in claims if claim.distribution != LOOSE]
+    blocks = " or ".join(f"{BLOCK}={claim.key}" for claim in installed)
+    removals = " or ".join(f"`pip uninstall {claim.distribution}`" for claim in installed)
+    way_out = f"leave one out with {blocks}, or remove one with {removals}"
+    return f"family {claims[0].name} is claimed by {names} ({files}). Way out: {way_out}"
 
 
 # --- The registry ----------------------------------------------------------------------------------------------------
@@ -228,8 +258,25 @@ class Plugins:
 
         Raises PluginError if `SLIDER_PLUGIN_BLOCK` or `SLIDER_PLUGIN_ALLOW` names what is not there.
         """
+        variables = os.environ if environ is None else environ
         rows = read(installed() if entry_points is None else entry_points)
-        return cls(settle(choose(missing(rows), os.environ if environ is None else environ)))
+        plugins = cls(settle([*choose(missing(rows), variables), *_loose_rows(variables)]))
+        plugins._assert_files_count()
+        if variables.get(STRICT, "0") not in ("", "0"):
+            plugins._assert_all_usable()
+        return plugins
+
+    def _assert_files_count(self) -> None:
+        """A file that was named is meant to be used: raise PluginError if another plugin has its family's name."""
+        for row in self._rows:
+            if row.distribution == LOOSE and row.status != "available":
+                raise PluginError(f"{row} is {row.status}: {row.error}")
+
+    def _assert_all_usable(self) -> None:
+        bad = [row for row in self.rows(check=True) if row.status not in ("available", "blocked")]
+        if bad:
+            lines = "\n".join(f"  - {row.key} is {row.status}: {row.error}" for row in bad)
+            raise PluginError(f"{STRICT} is set, and {len(bad)} plugins cannot be used:\n{lines}")
 
     def rows(self, check: bool = False) -> list[PluginRow]:
         """Every plugin, sorted. With `check` each usable one is imported and linted, and none can harm another."""
@@ -248,7 +295,20 @@ class Plugins:
     def load(self, name: str) -> LoadedFamily:
         """One family, ready to be called."""
         row = self._find(name)
-        return LoadedFamily(row, self._import(row), importlib.import_module("slider_plugin.defaults"))
+        return LoadedFamily(row, self._import(row), importlib.import_module("slider_plugin.defaults"), self.extensions())
+
+    def name_of(self, target: str) -> str:
+        """The family's name in a file or module that `SLIDER_PLUGIN_EXTRA` names."""
+        return next(row.name for row in self._rows if row.distribution == LOOSE and row.target == target)
+
+    def extensions(self) -> list[tuple[PluginRow, Any]]:
+        """The extensions that serve every family, by distribution and name. Raises PluginError if one cannot be used:
+        going on without it would be another run than the one that was set up."""
+        rows = [row for row in self._rows if row.kind == "extension" and row.status not in ("blocked", "available")]
+        if rows:
+            raise PluginError("; ".join(f"extension {row.key} is {row.status}: {row.error}" for row in rows))
+        usable = [row for row in self._rows if row.kind == "extension" and row.status == "available"]
+        return [(row, self._import(row)) for row in sorted(usable, key=lambda row: (canonical(row.distribution), row.name))]
 
     def _checked(self, row: PluginRow) -> PluginRow:
         try:
@@ -294,7 +354,8 @@ def _plain(name: str) -> str:
 
 def _refusal(name: str, unusable: list[PluginRow], usable: list[str], broken: list[str]) -> str:
     if unusable:
-        return "; ".join(f"{row.key} is {row.status}: {row.error}" for row in unusable)
+        reasons = [str(row.error) if row.status == "clash" else f"{row.key} is {row.status}: {row.error}" for row in unusable]
+        return "; ".join(dict.fromkeys(reasons))  # both sides of a clash have one reason
     if not usable:
         return (
             f"there is no family {name!r}, nor any other: this environment has no plugin of the group {ARCHITECTURES}. "
@@ -307,11 +368,24 @@ def _refusal(name: str, unusable: list[PluginRow], usable: list[str], broken: li
 def import_target(row: PluginRow) -> Any:
     """Import one plugin. The only place where any exception is caught: what a plugin raises while it is imported is unknown."""
     try:
+        if row.distribution == LOOSE and loose.is_file(row.target):
+            return loose.import_file(Path(row.target))
         return EntryPoint(row.name, row.target, ARCHITECTURES).load()
+    except PluginError:
+        raise
     except (Exception, SystemExit) as error:
         what = f"{type(error).__name__}: {error}"
         contract = ".".join(map(str, CONTRACT))
-        raise PluginError(f"{row} cannot be imported (contract {contract} here): {what}. Way out: {row.way_out()}") from error
+        install = _install_first(row, error)
+        raise PluginError(
+            f"{row} cannot be imported (contract {contract} here): {what}. Way out: {install}{row.way_out()}"
+        ) from error
+
+
+def _install_first(row: PluginRow, error: BaseException) -> str:
+    """The way out that comes first where a library is missing, rather than a module of the plugin's own."""
+    library = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    return f"install what brings the module {library!r}, " if library and library != row.target.partition(".")[0] else ""
 
 
 def admit(row: PluginRow, plugin: Any) -> Any:
@@ -319,7 +393,7 @@ def admit(row: PluginRow, plugin: Any) -> Any:
     family = getattr(plugin, "FAMILY", None)
     if row.kind == "architecture" and isinstance(family, Family):
         _compare_contracts(row, family.contract)
-    findings = lint(plugin, row.name) if row.kind == "architecture" else lint_hooks(plugin)
+    findings = lint(plugin, row.name) if row.kind == "architecture" else lint_extension(plugin)
     if findings:
         raise PluginError(f"{row} cannot be used:\n" + "\n".join(f"  - {f}" for f in findings) + f"\nWay out: {row.way_out()}")
     return plugin

@@ -64,6 +64,7 @@ def load(config: RunConfig, family: LoadedFamily, checked: Preflight, machine: A
         check_image(type(family.build_pipeline(components)), image_file(config))
     if config.gradient_checkpointing:
         _enable_checkpointing(components, family)
+    family.observe("loaded", config=to_json(config), hooks=family.describe()["hooks"])
     return components
 
 
@@ -209,6 +210,8 @@ def run(config: RunConfig, trainer: Trainer, checked: Preflight) -> tuple[bool, 
 
         def after(report: StepReport) -> bool:
             metrics.write(report)
+            if trainer.family.is_observed:
+                trainer.family.observe("step", step=report.step, **report.metrics())
             ticker.tick(report.step, metrics.note(report))
             if _due(report.step, config.checkpoint_step_interval) or interrupt.asked:
                 _checkpoint(config, trainer)
@@ -228,7 +231,10 @@ def _due(step: int, interval: int) -> bool:
 def _checkpoint(config: RunConfig, trainer: Trainer) -> None:
     position = Position(trainer.step, trainer.sampler.state_dict(), trainer.schedule.state_dict())
     facts = {"plugin": trainer.family.describe(), "rank": config.lora_rank}
-    save_checkpoint(config.output_dir, trainer.adapter, trainer.optimizer, position, facts, config.checkpoints_total_limit)
+    path = save_checkpoint(
+        config.output_dir, trainer.adapter, trainer.optimizer, position, facts, config.checkpoints_total_limit
+    )
+    trainer.family.observe("checkpoint", step=trainer.step, path=path)
 
 
 # --- Results ----------------------------------------------------------------------------------------------------------
@@ -279,6 +285,7 @@ def draw(
         ),
     )
     console.say(f"validation: {rendered.contact_sheet or rendered.folder}")
+    family.observe("validation", step=step, path=rendered.folder)
     return rendered.folder
 
 
@@ -308,12 +315,21 @@ def export(
         seed=config.seed,
         base_model=checked.model,
         objective="bucket",
-        extra={"slider.options": json.dumps(config.family_options, sort_keys=True)} if config.family_options else None,
+        extra=_extra(config, family),
     )
     path = config.output_dir / EXPORTED
     report = export_diffusers(adapter.state(), adapter.scalings(), family.facts.denoiser, metadata, path, torch.float32)
     console.say(f"slider: {report.path} ({report.modules} modules, {report.size / 1e6:.1f} MB)")
+    family.observe("exported", step=steps, path=path)
     return path
+
+
+def _extra(config: RunConfig, family: LoadedFamily) -> dict[str, str]:
+    """Metadata beyond the numbers of a run: the family's own options, and who answered each hook."""
+    extra = {"slider.hooks": json.dumps(family.describe()["hooks"], sort_keys=True)}
+    if config.family_options:
+        extra["slider.options"] = json.dumps(config.family_options, sort_keys=True)
+    return extra
 
 
 # --- A finished slider ------------------------------------------------------------------------------------------------

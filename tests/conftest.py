@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import shutil
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # known answers are those of the proces
 def _only_own_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test may depend on what else is installed."""
     monkeypatch.setenv("SLIDER_PLUGIN_ALLOW", "slider-plugin")
+    monkeypatch.setenv("SLIDER_PLUGIN_EXTRA", "")
 
 
 @pytest.fixture(scope="session")
@@ -28,13 +32,9 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 
     def build(name: str) -> Path:
         from slider_plugin.registry import Plugins
+        from slider_plugin.testing.subject import write_tiny
 
-        folder = root / name
-        if not folder.exists():
-            write = Plugins.discover().facts(name).tiny
-            assert write is not None
-            write(folder)
-        return folder
+        return write_tiny(Plugins.discover().facts(name), root / name)
 
     return build
 
@@ -87,6 +87,18 @@ def load(tiny_folders: Callable[[str], Path]) -> Callable[[str], tuple[Any, Any]
     return load_one
 
 
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from site_packages import Site
+
+    before = set(sys.modules)
+    yield Site(tmp_path)
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
 def draw_images(folder: Path, count: int, light: int, size: tuple[int, int] = (40, 40)) -> Path:
     """Plain images with captions; `light` 0..255 sets them apart."""
     from PIL import Image, ImageDraw
@@ -104,6 +116,27 @@ def draw_images(folder: Path, count: int, light: int, size: tuple[int, int] = (4
 def image_folder() -> Callable[..., Path]:
     """`draw_images`, for tests in other files."""
     return draw_images
+
+
+def place(project: Path, site: Path) -> None:
+    """What `pip install project` leaves in a site folder: its modules, and metadata with its entry points."""
+    facts = tomllib.loads((project / "pyproject.toml").read_text())
+    wheel, about = facts["tool"]["hatch"]["build"]["targets"]["wheel"], facts["project"]
+    for name in (*wheel.get("packages", ()), *wheel.get("only-include", ())):
+        source = project / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, site / name)
+    info = site / f"{about['name'].replace('-', '_')}-{about['version']}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {about['name']}\nVersion: {about['version']}\n")
+    groups = about["entry-points"].items()
+    lines = [line for group, points in groups for line in (f"[{group}]", *(f"{k} = {v}" for k, v in points.items()))]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="session")
+def place_package() -> Callable[[Path, Path], None]:
+    """`place`, for tests in other files."""
+    return place
 
 
 @pytest.fixture

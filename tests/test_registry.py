@@ -12,12 +12,13 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from site_packages import Site, error_of
 
 import slider_hooks
 from slider_hooks import Components, Flavour, LoadRequest, PromptEntry, ResolvedTargets, TargetRequest
@@ -28,67 +29,6 @@ from slider_plugin.lint import lint
 from slider_plugin.registry import PluginRow, Plugins
 
 ROOT = Path(__file__).parents[1]
-FAMILY = """
-from slider_hooks import *
-
-FAMILY = Family(name="{name}", title="A title", denoiser="unet", denoiser_class="Net", noise=Flow(), {more})
-"""
-
-
-class Site:
-    """A site-packages folder: modules, and distributions that say which plugins are in them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.folders = folder, [folder]
-
-    def module(self, name: str, text: str) -> Path:
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        return path
-
-    def family(self, name: str, distribution: str = "", more: str = "", code: str = "", module: str = "") -> None:
-        """Install a family in a module of its own, with more facts and more code."""
-        module = module or f"module_{name}"
-        self.module(f"{module}.py", FAMILY.format(name=name, more=more) + inspect.cleandoc(code))
-        self.install(distribution or f"dist-{name}", {name: module})
-
-    def install(
-        self, distribution: str, families: dict[str, str], version: str = "1.0", kind: str = "architectures", egg: bool = False,
-        folder: Path | None = None,
-    ) -> None:  # fmt: skip
-        suffix, metadata = ("egg-info", "PKG-INFO") if egg else ("dist-info", "METADATA")
-        info = (folder or self.folder) / f"{distribution.replace('-', '_')}-{version}.{suffix}"
-        info.mkdir(parents=True, exist_ok=True)
-        (info / metadata).write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
-        points = "\n".join(f"{name} = {target}" for name, target in families.items())
-        (info / "entry_points.txt").write_text(f"[slider_plugin.{kind}]\n{points}\n\n[console_scripts]\nother = other:main\n")
-
-    def plugins(self, **environ: str) -> Plugins:
-        importlib.invalidate_caches()
-        found = importlib.metadata.distributions(path=[str(folder) for folder in self.folders])
-        points = [point for dist in found for point in dist.entry_points]
-        return Plugins.discover(points, {f"SLIDER_PLUGIN_{key}": value for key, value in environ.items()})
-
-    def statuses(self, **environ: str) -> dict[str, str]:
-        return {row.key: row.status for row in self.plugins(**environ).rows()}
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    monkeypatch.syspath_prepend(str(tmp_path))
-    before = set(sys.modules)
-    yield Site(tmp_path)
-    for name in set(sys.modules) - before:
-        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-
-
-def error_of(call: Callable[[], Any]) -> str:
-    with pytest.raises(PluginError) as caught:
-        call()
-    return str(caught.value)
-
 
 # --- Discovery -------------------------------------------------------------------------------------------------------
 
@@ -331,7 +271,7 @@ def test_a_plugin_may_be_an_object(site: Site) -> None:
 
 def test_extensions_are_linted_but_need_no_family(site: Site) -> None:
     start = "from slider_hooks import hookimpl\n\n"
-    site.module("watch.py", start + "@hookimpl(wrapper=True)\ndef predict():\n    return (yield)\n")
+    site.module("watch.py", start + "@hookimpl\ndef observe(event):\n    pass\n")
     site.module("wrong.py", start + "@hookimpl\ndef predikt():\n    pass\n")
     site.install("dist", {"watch": "watch", "wrong": "wrong"}, kind="extensions")
     rows = {row.name: row for row in site.plugins().rows(check=True)}

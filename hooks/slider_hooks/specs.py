@@ -7,7 +7,7 @@ family, its distribution and the hook named.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slider_hooks.markers import hookspec
@@ -236,6 +236,28 @@ def build_pipeline(family: Family, components: Components) -> Any | None:
     """
 
 
+@hookspec
+def observe(family: Family, event: str, facts: Mapping[str, Any]) -> None:
+    """Hear what a run does; for extensions alone, and all of them. Called after each event, in the process that writes files.
+
+    Args:
+        family: the facts of the family that is trained.
+        event: `loaded`, `step`, `checkpoint`, `validation` or `exported`; later versions may have more.
+        facts: of `loaded` the `config` as a mapping and `hooks`, who answers which; of `step` its `step` and metrics such as
+            `loss/positive`; of the others `step` and `path`, the folder or file that was written.
+
+    Returns:
+        Nothing. By default nobody listens.
+
+    Example::
+
+        @hookimpl
+        def observe(event, facts):
+            if event == "exported":
+                print(f"{facts['path']} after {facts['step']} steps")
+    """
+
+
 HOOKS: tuple[str, ...] = (
     "resolve_lora_targets",
     "build_sampler",
@@ -247,4 +269,10 @@ HOOKS: tuple[str, ...] = (
     "predict",
     "build_pipeline",
 )
-"""Every hook of the contract, in the order in which a run calls them first."""
+"""The hooks that one owner answers, in the order in which a run calls them first."""
+
+FOR_EVERY_FAMILY: tuple[str, ...] = ("build_sampler", "validation_prompt_scale")
+"""Those of them that an extension may replace or wrap."""
+
+OBSERVERS: tuple[str, ...] = ("observe",)
+"""The hooks that every extension hears and none answers."""

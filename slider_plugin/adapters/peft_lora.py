@@ -31,7 +31,7 @@ class LoraAdapter:
         """Inject a LoRA into the named modules of a frozen denoiser; B is zero, so it starts as the identity."""
         from peft import LoraConfig, inject_adapter_in_model
 
-        self.rank, self.alpha, self.modules = rank, alpha, tuple(modules)
+        self.rank, self.alpha, self.seed, self.modules = rank, alpha, seed, tuple(modules)
         config = LoraConfig(
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=_exactly(modules), init_lora_weights=True
         )

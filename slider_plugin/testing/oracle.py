@@ -133,7 +133,7 @@ def _process(subject: Subject, noise: Flow | Diffusion) -> NoiseProcess:
 
 
 def _truth(subject: Subject, clean: Tensor, process: NoiseProcess) -> Callable[..., Any]:
-    clean_model, like = _in_the_model_s_layout(subject, clean)
+    clean_model, like, plain = _in_the_model_s_layout(subject, clean)
     stochastic = "DDPM" in type(subject.components.scheduler).__name__
     noise: list[Tensor] = []
 
@@ -155,6 +155,8 @@ def _truth(subject: Subject, clean: Tensor, process: NoiseProcess) -> Callable[.
         truth = process.target(known.expand_as(found), noise[0].expand_as(found), time_B)
         answer[tuple(slice(0, n) for n in found.shape)] = process.output(truth)  # output() is its own inverse: a sign
         answer = torch.nn.functional.pad(answer, (0, 0, room, 0)) if room else answer
+        if plain:
+            return answer
         sample: Any = list(answer) if isinstance(noisy, list | tuple) else answer
         others = [_nothing(named[name]) for name in OTHER_STREAMS if name in named]
         return (sample, *others) if named.get("return_dict") is False else SimpleNamespace(sample=sample)
@@ -203,29 +205,41 @@ def _where(rising: Callable[[Tensor], Tensor], value_1: Tensor) -> Tensor:
 
 
 def first_answer(answer: Any) -> Tensor:
-    """What a denoiser answered for the noisy latents, `(B, ...)`."""
+    """What a denoiser answered for the noisy latents, `(B, ...)`; one that is no class of diffusers may answer it plainly."""
+    if isinstance(answer, Tensor):
+        return answer
     first = answer[0] if isinstance(answer, tuple) else answer.sample
     return torch.stack(list(first)) if isinstance(first, list | tuple) else first
 
 
 def _noisy(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
-    return arguments[0] if arguments else next(named[name] for name in NOISY if name in named)
+    return arguments[0] if arguments else named[known_name(named, NOISY)]
 
 
 def _time(arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
-    found = arguments[1] if len(arguments) > 1 else next(named[name] for name in TIME if name in named)
-    return torch.as_tensor(found)
+    return torch.as_tensor(arguments[1] if len(arguments) > 1 else named[known_name(named, TIME)])
+
+
+def known_name(named: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    """Which of the names an argument of the denoiser goes by. Raises AssertionError for a call that uses none of them."""
+    found = next((name for name in names if name in named), None)
+    assert found, (
+        f"the denoiser is called with {', '.join(named)}, and the kit looks for one of {', '.join(names)}; "
+        "give it the noisy latents and the time by position, in this order, or under one of these names"
+    )
+    return found
 
 
 @torch.no_grad()
-def _in_the_model_s_layout(subject: Subject, clean: Tensor) -> tuple[Tensor, Tensor]:
-    """The clean latents as `predict` hands them to the denoiser, and something of the shape that the denoiser answers."""
+def _in_the_model_s_layout(subject: Subject, clean: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """The clean latents as `predict` hands them to the denoiser, something of the shape that the denoiser answers, and whether
+    it answers a tensor and nothing around it."""
     real = type(subject.denoiser).forward
-    outputs: list[Tensor] = []
+    outputs: list[tuple[Tensor, bool]] = []
 
     def capture(*arguments: Any, **named: Any) -> Any:
         answer = real(subject.denoiser, *arguments, **named)
-        outputs.append(first_answer(answer))
+        outputs.append((first_answer(answer), isinstance(answer, Tensor)))
         noisy = _noisy(arguments, named)
         raise _Captured(torch.stack(list(noisy)) if isinstance(noisy, list | tuple) else noisy)
 
@@ -233,7 +247,7 @@ def _in_the_model_s_layout(subject: Subject, clean: Tensor) -> tuple[Tensor, Ten
         try:
             subject.predict(clean, subject.conditioning())
         except _Captured as captured:
-            return captured.latents.clone(), outputs[0]
+            return captured.latents.clone(), *outputs[0]
     raise AssertionError(f"predict of {subject.family.facts.name} never called its denoiser")
 
 

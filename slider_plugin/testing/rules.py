@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slider_hooks import Diffusion, Flow, PromptEntry
+from slider_hooks import Diffusion, Flow, PromptEntry, TargetRequest
 from slider_plugin.adapters.peft_lora import LoraAdapter
 from slider_plugin.objectives.bucket import learning_loss
-from slider_plugin.testing import oracle, probe, sameness
+from slider_plugin.targets import resolve_targets
+from slider_plugin.testing import oracle, probe, reload, sameness
 from slider_plugin.testing.subject import PROMPTS, Subject
 from slider_plugin.training.noise import noise_process
 from slider_plugin.validation.render import DrawSettings, render
@@ -38,6 +39,15 @@ SLOPE_STEPS = (3e-3, 1e-2)  # along the gradient of one module: short for bent l
 SLOPE = 0.01  # relative; a right gradient is nearer at one of the two, HiDream's cut one is off by up to 0.028 at both
 SMALL_SLOPE = 0.05  # relative to the gradient of all modules
 FARTHEST = 5.0  # standard deviations that no number of a test's noise lies from zero
+
+
+def targets_are_found(subject: Subject) -> None:
+    """The slider targets match on the model, attention among them and nothing forbidden; so do the standard ones."""
+    plan = subject.targets()
+    assert plan.source in ("slider", "documented"), f"no slider target matches; {plan.source} targets are taken instead"
+    request = TargetRequest(slider=False)
+    standard = resolve_targets(subject.family, subject.denoiser, request)
+    assert standard.modules, "no standard target matches"
 
 
 def every_target_learns_and_nothing_else_moves(subject: Subject) -> None:
@@ -212,9 +222,27 @@ def validation_draws_at_three_scales(subject: Subject) -> None:
     assert len(set(pictures.values())) == 3, "images at -1, 0 and +1 are the same"
 
 
+def a_saved_slider_answers_the_same_in_a_new_process(subject: Subject) -> None:
+    """Written, read by a process that shares nothing with this one, at three scales: bit for bit."""
+    adapter = attached(subject, trained=True)
+    here = reload.answers(subject, adapter)
+    with tempfile.TemporaryDirectory() as folder:
+        name, room = subject.family.facts.name, Path(folder)
+        file = reload.save(subject, adapter, room / "slider.safetensors")
+        compare_answers(here, reload.answers_elsewhere({name: (subject.folder, file)}, room)[name])
+
+
+def compare_answers(here: reload.Answers, there: reload.Answers) -> None:
+    """Raise AssertionError unless two processes answered the same, and +1 and -1 did not."""
+    for scale, answer in here.items():
+        assert torch.equal(answer, there[scale]), f"at {scale} the answers differ by {_gap(answer, there[scale])}"
+    assert not torch.equal(here["+1"], here["-1"]), "the answers at +1 and -1 are the same"
+
+
 RULES: dict[str, Callable[[Subject], None]] = {
     rule.__name__: rule
     for rule in (
+        targets_are_found,
         every_target_learns_and_nothing_else_moves,
         gradients_are_those_of_the_loss,
         scale_zero_is_the_base_model,
@@ -223,6 +251,7 @@ RULES: dict[str, Callable[[Subject], None]] = {
         the_published_sampler_lands_on_the_clean_latents,
         training_asks_what_the_pipeline_asks,
         validation_draws_at_three_scales,
+        a_saved_slider_answers_the_same_in_a_new_process,
     )
 }
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slider_plugin.testing.oracle import NOISY, TIME, drawing_arguments, first_answer
+from slider_plugin.testing.oracle import NOISY, TIME, drawing_arguments, first_answer, known_name
 from slider_plugin.testing.subject import PROMPTS, Subject, answered_by
 from slider_plugin.validation.render import undisturbed
 
@@ -35,8 +35,7 @@ def gap(subject: Subject) -> float:
     noisy, text = subject.latents(), subject.conditioning(PROMPTS[1:2])
     subject.components.options = {**subject.components.options, **_guidance(subject)}
     calls = _calls_of(subject, lambda: _draw(subject))
-    told = _named(calls[0], TIME, place=1).reshape(-1)[:1]
-    (own, *_) = _calls_of(subject, lambda: subject.predict_at(noisy, told, text))
+    own = _at_the_same_time(calls[0], lambda told: _calls_of(subject, lambda: subject.predict_at(noisy, told, text))[0])
     real = type(subject.denoiser).forward
     ours = first_answer(real(subject.denoiser, *own[0], **own[1]))[0]
     rows: list[Tensor] = []
@@ -46,6 +45,22 @@ def gap(subject: Subject) -> float:
     fitting = [row for row in rows if row.shape == ours.shape]
     assert fitting, f"predict's answer is {tuple(ours.shape)}, the pipeline's {tuple(rows[0].shape)}"
     return min(float((row - ours).abs().max() / ours.std()) for row in fitting)
+
+
+def _at_the_same_time(theirs: Call, ours: Callable[[Tensor], Call]) -> Call:
+    """Our call of the denoiser that tells it the time of theirs; `predict` may tell it a linear function of its own."""
+    wanted = _time(theirs)
+    call = ours(wanted)
+    if torch.allclose(_time(call), wanted):
+        return call
+    half = _time(ours(wanted / 2))
+    slope = (_time(call) - half) / (wanted / 2)
+    return ours((wanted - (_time(call) - slope * wanted)) / slope)
+
+
+def _time(call: Call) -> Tensor:
+    time: Tensor = torch.as_tensor(_named(call, TIME, place=1)).reshape(-1)[:1].float()
+    return time
 
 
 def _guidance(subject: Subject) -> dict[str, float]:
@@ -77,7 +92,7 @@ def _calls_of(subject: Subject, work: Callable[[], object]) -> list[Call]:
 
 def _named(call: Call, names: tuple[str, ...], place: int) -> Any:
     arguments, named = call
-    return arguments[place] if len(arguments) > place else next(named[name] for name in names if name in named)
+    return arguments[place] if len(arguments) > place else named[known_name(named, names)]
 
 
 def _with_latents(call: Call, latents: Any) -> Call:
@@ -93,5 +108,4 @@ def _with_latents(call: Call, latents: Any) -> Call:
 
 
 def _replaced(named: Mapping[str, Any], latents: Any) -> dict[str, Any]:
-    name = next(name for name in NOISY if name in named)
-    return {**named, name: latents}
+    return {**named, known_name(named, NOISY): latents}

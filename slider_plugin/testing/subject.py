@@ -12,11 +12,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from slider_hooks import Components, Conditioning, LoadRequest, TargetRequest
+from slider_hooks import Components, Conditioning, Family, LoadRequest, TargetRequest, UserError
 from slider_plugin.family import LoadedFamily
 from slider_plugin.targets import TargetPlan, resolve_targets
 
 PROMPTS = ("a red circle", "a photo of a large blue square on the left")
+
+
+def write_tiny(facts: Family, folder: Path) -> Path:
+    """Have a family write its tiny pipeline into `folder`, unless it is there. Raises UserError if it states none."""
+    if facts.tiny is None:
+        raise UserError(f"family {facts.name} has no tiny pipeline to test on: state FAMILY.tiny, a function that writes one")
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        facts.tiny(folder)
+    return folder
 
 
 @dataclass(slots=True)
@@ -28,12 +38,15 @@ class Subject:
     size: int
     """Side of a test image in pixels, or samples of a test sound."""
 
+    folder: Path
+    """Of the tiny pipeline."""
+
     @classmethod
     def load(cls, family: LoadedFamily, folder: Path) -> Subject:
         """Load the tiny pipeline that `Family.tiny` wrote into `folder`, in float32 on the processor."""
         options = {option.name: option.default for option in family.facts.options}
         request = LoadRequest(model=str(folder), dtype=torch.float32, options=options)
-        return cls(family, family.load_components(request), family.facts.tiny_size)
+        return cls(family, family.load_components(request), family.facts.tiny_size, folder)
 
     @property
     def denoiser(self) -> torch.nn.Module:

@@ -22,7 +22,11 @@ DIFFERENT = {
 """Rules that a family breaks on purpose."""
 
 
-@pytest.mark.parametrize("rule", RULES)
+TOGETHER = "a_saved_slider_answers_the_same_in_a_new_process"
+"""The rule that test_reload.py runs for all families in one process."""
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != TOGETHER])
 @pytest.mark.parametrize("family", [path.stem for path in FAMILIES])
 def test_rule(family: str, rule: str, tiny_folders: Callable[[str], Path]) -> None:
     subject = Subject.load(Plugins.discover().load(family), tiny_folders(family))
