@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slider_plugin import console, loose
-from slider_plugin.errors import UserError
+from slider_plugin.errors import PluginError, UserError
 from slider_plugin.registry import Plugins
 
 if TYPE_CHECKING:
@@ -103,13 +103,12 @@ def _judged(family: str, rule: str, meaning: str, work: Callable[[], object]) ->
     try:
         work()
     except Exception as error:
-        passed, reason = False, _reason(error)
+        reason = _reason(error)
+        remedy = "" if isinstance(error, PluginError) else REMEDIES[rule]  # such a message names its own way out
     else:
-        passed, reason = True, meaning
+        reason, remedy = meaning, ""
     seconds = round(time.perf_counter() - started, 2)
-    return Result(
-        family=family, rule=rule, passed=passed, seconds=seconds, reason=reason, remedy="" if passed else REMEDIES[rule]
-    )
+    return Result(family=family, rule=rule, passed=reason is meaning, seconds=seconds, reason=reason, remedy=remedy)
 
 
 def _reason(error: Exception) -> str:
@@ -129,7 +128,7 @@ def printing(results: Iterable[Result]) -> list[Result]:
         mark, style = ("ok  ", "green") if result.passed else ("FAIL", "red")
         console.out.print(f"[{style}]{mark}[/] {result.rule}", end=f"  ({result.seconds:.1f} s)\n")
         if not result.passed:
-            console.out.print(f"     {result.reason}\n     -> {result.remedy}", markup=False)
+            console.out.print(f"     {result.reason}" + (f"\n     -> {result.remedy}" if result.remedy else ""), markup=False)
     failed = sum(not result.passed for result in found)
     console.say(f"{found[-1].family}: {len(found) - failed} of {len(found)} rules hold")
     return found

@@ -91,7 +91,8 @@ def _in_folder(family: LoadedFamily, model: Path) -> Module:
 
 
 def _patterns(family: Family, plan: TargetPlan, include_joint: bool) -> list[str]:
-    return list(family.targets.by_kind(include_joint).values()) if plan.source == "slider" else [plan.expression]
+    whole = plan.expression == family.targets.slider(include_joint)  # else the family's hook has answered something of its own
+    return list(family.targets.by_kind(include_joint).values()) if whole else [plan.expression]
 
 
 def as_json(facts: TargetFacts) -> str:
