@@ -56,6 +56,20 @@ def read_adapter(path: Path, prefix: str | None = None) -> tuple[dict[str, dict[
     return state, metadata
 
 
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file by key, and its metadata, whoever wrote it. Raises UserError as `read_adapter`."""
+    _refuse_pickle(path)
+    data = _read_bytes(path)
+    header, problem = read_header(data)
+    if problem:
+        raise UserError(f"{path}: not a safetensors file ({problem})")
+    try:
+        tensors = safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a safetensors file ({error})") from error
+    return {key: _finite_in(path, tensor, key) for key, tensor in tensors.items()}, header.pop("__metadata__", {})
+
+
 def _refuse_pickle(path: Path) -> None:
     if path.suffix.lower() in _PICKLES:
         raise UserError(f"{path}: {path.suffix} files are pickles, which can run code when read; only .safetensors is read")

@@ -17,7 +17,7 @@ import torch
 
 from slider_hooks import TargetRequest
 from slider_plugin.adapters.peft_lora import LoraAdapter
-from slider_plugin.export import ExportReport, export_diffusers, slider_metadata
+from slider_plugin.export import ExportReport, slider_metadata
 from slider_plugin.registry import Plugins
 from slider_plugin.targets import TargetPlan, resolve_targets
 
@@ -83,8 +83,7 @@ class Slider:
             targets=self.targets.expression,
             targets_source=self.targets.source,
             strengths=sorted(strengths),
-            rank=self.adapter.rank,
-            alpha=self.adapter.alpha,
+            adapter=self.adapter.facts(),
             steps=steps,
             seed=self.adapter.seed,
             base_model=base_model or "unknown",
@@ -92,7 +91,7 @@ class Slider:
             extra=metadata,
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        return export_diffusers(self.adapter.state(), self.adapter.scalings(), facts.denoiser, header, path, dtype)
+        return self.adapter.export(path, facts.denoiser, header, dtype)
 
 
 def attach_slider(

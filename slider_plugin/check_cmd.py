@@ -103,12 +103,12 @@ def _judged(family: str, rule: str, meaning: str, work: Callable[[], object]) ->
     try:
         work()
     except Exception as error:
-        reason = _reason(error)
+        passed, reason = False, _reason(error)
         remedy = "" if isinstance(error, PluginError) else REMEDIES[rule]  # such a message names its own way out
     else:
-        reason, remedy = meaning, ""
+        passed, reason, remedy = True, meaning, ""
     seconds = round(time.perf_counter() - started, 2)
-    return Result(family=family, rule=rule, passed=reason is meaning, seconds=seconds, reason=reason, remedy=remedy)
+    return Result(family=family, rule=rule, passed=passed, seconds=seconds, reason=reason, remedy=remedy)
 
 
 def _reason(error: Exception) -> str:

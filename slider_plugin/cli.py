@@ -117,6 +117,7 @@ def targets(
     flavour: Annotated[str | None, typer.Option(help="Published version, instead of the default one")] = None,
     include_joint: Annotated[bool, typer.Option(help="Modules that see text and image tokens together, too")] = True,
     probe: Annotated[Path | None, typer.Option(help="Folder of a pipeline that no family describes: measure it")] = None,
+    lycoris: Annotated[str | None, typer.Option(help="Algorithm: print a lycoris_config.json for this family")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One object")] = False,
     plugin: PluginFiles = None,
 ) -> None:
@@ -132,6 +133,9 @@ def targets(
     from slider_plugin.registry import Plugins
 
     loaded = Plugins.discover().load(family)
+    if lycoris is not None:
+        sys.stdout.write(targets_cmd.lycoris_json(loaded.facts, lycoris, include_joint) + "\n")
+        return
     facts = targets_cmd.target_facts(loaded, model, flavour, include_joint)
     if as_json:
         sys.stdout.write(targets_cmd.as_json(facts) + "\n")

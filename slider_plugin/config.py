@@ -15,6 +15,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
 from pydantic_core import PydanticCustomError
 
+from slider_hooks import TargetRequest
+from slider_plugin.lycoris_config import LycorisConfig
+
 
 def _no_bool(value: object) -> object:
     """Python counts true as 1; somebody who writes it for a number has made a mistake."""
@@ -142,7 +145,11 @@ class RunConfig(_Strict):
     model_type: Literal["lora"] = Field("lora", description="sliders are adapters")
 
     # --- adapter
-    lora_type: Literal["standard"] = Field("standard", description="adapter library: standard is PEFT")
+    lora_type: Literal["standard", "lycoris"] = Field(
+        "standard", description="standard is a LoRA of PEFT; lycoris, lycoris-lora"
+    )
+    lycoris_config: Path | None = Field(None, description="JSON: algorithm, sizes and preset of lycoris-lora")
+    lycoris: LycorisConfig | None = Field(None, description="the same itself, instead of a file")
     lora_rank: Count = Field(16, description="rank of the adapter")
     lora_alpha: Positive | None = Field(None, description="the adapter's output is scaled by alpha / rank; None is the rank")
     lora_dropout: Fraction = Field(0.0, description="dropout in front of the adapter")
@@ -239,3 +246,9 @@ class RunConfig(_Strict):
     family_options: dict[str, Any] = Field(
         default_factory=dict, description="values of the family's own options, filled from its keys"
     )
+
+    def target_request(self) -> TargetRequest:
+        """What a LoRA is to be attached to."""
+        return TargetRequest(
+            slider=self.slider_lora_target, explicit=self.peft_lora_target_modules, include_joint=self.include_joint
+        )

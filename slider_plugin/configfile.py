@@ -30,11 +30,10 @@ from slider_plugin.known_keys import (
     PROMPT_RENAMED,
     REGULARISATION,
     RENAMED,
-    UNMIRRORED,
-    UNMIRRORED_SWITCHES,
     VALUES,
     Known,
 )
+from slider_plugin.lycoris_config import SWITCHED_OFF, LycorisConfig, LycorisPreset, problems_of
 from slider_plugin.wording import NOT_FLAGS, is_branch, kind_of, plain_words, shown
 
 INHERITED = (
@@ -44,18 +43,26 @@ INHERITED = (
 """Keys of the configuration that are the defaults of every bucket."""
 
 FAMILY_KEY = "model_family"
-SPELLINGS: Mapping[type, Mapping[str, str]] = {RunConfig: RENAMED, BucketConfig: ENTRY_RENAMED, PromptConfig: PROMPT_RENAMED}
-SOURCES = {"data_backend_config": "buckets", "user_prompt_library": "prompts"}
+SPELLINGS: Mapping[type, Mapping[str, str]] = {
+    RunConfig: RENAMED,
+    BucketConfig: ENTRY_RENAMED,
+    PromptConfig: PROMPT_RENAMED,
+    LycorisConfig: {},
+    LycorisPreset: {},
+}
+SOURCES = {"data_backend_config": "buckets", "user_prompt_library": "prompts", "lycoris_config": "lycoris"}
 """Keys that name a file, and the keys that hold the same in the configuration itself."""
 
 
 VALIDATION = "validation"
 """Name of the prompt that `validation_prompt` becomes."""
 
-NAMES_OF_PLACES = ("resume_from_checkpoint", "pretrained_model_name_or_path", "lycoris_config")
+NAMES_OF_PLACES = ("resume_from_checkpoint", "pretrained_model_name_or_path")
 """Keys that may be a path, besides those that always are."""
 
 WORDS = {"true": True, "false": False}
+
+_LYCORIS_HINT = ", since lora_type is lycoris: `slider targets FAMILY --lycoris lokr` prints one"
 
 
 def read_config(
@@ -116,12 +123,12 @@ class _Reader:
         where = path.name if path else "flags"
         values = self._settle(written, RunConfig, CONFIG_KEYS, where, path.parent if path else None, options)
         values = self._overlaid(values, self._settle(given, RunConfig, CONFIG_KEYS, "flags", None, options))
-        self._check_mirror(written | given, path.parent if path else None)
         if facts or isinstance(values.get(FAMILY_KEY), str):
             values[FAMILY_KEY] = facts.name if facts else values[FAMILY_KEY].strip().lower().replace("-", "_")
         values["family_options"] = self._options(values, options, where)
         values["buckets"] = self._buckets(values, where, path)
         values["prompts"] = self._prompts(values, where)
+        values["lycoris"] = self._lycoris(values, where)
         self._check_together(values, where)
         config = self._validated(RunConfig, values, where)
         if self.problems or config is None:
@@ -242,22 +249,33 @@ class _Reader:
         elif verdict == "ignored":
             self.notes.append(f"{where}: {name} is ignored: {known.why}")
 
-    def _check_mirror(self, written: Mapping[str, Any], base: Path | None) -> None:
-        """A LyCORIS preset that could never become a slider is told why, besides that there is no LyCORIS yet."""
-        preset, where = _by_plain_name(written, "lycoris_config"), "lycoris_config"
-        if _by_plain_name(written, "lora_type") != "lycoris" or not preset:
-            return
-        if isinstance(preset, str):
-            path = Path(str(self._resolved(where, preset, {}, base, where)))
-            preset, where = (self._document(path) if path.is_file() else None), path.name
-        if not isinstance(preset, dict):
-            return
-        algo, mirror = str(preset.get("algo")).lower(), "a slider must mirror, so that -s is the opposite of +s"
-        if algo in UNMIRRORED:
-            self.problems.append(f"{where}: algo: {algo!r} cannot be used: {mirror}, and {UNMIRRORED[algo]}; use lora or lokr")
-        for key in UNMIRRORED_SWITCHES:
-            if _typed(bool, preset.get(key)):
-                self.problems.append(f"{where}: {key}: it cannot be used: {mirror}, and DoRA is not linear in its strength")
+    def _lycoris(self, values: dict[str, Any], where: str) -> LycorisConfig | None:
+        """The configuration of lycoris-lora, from its file or from the key that holds it."""
+        source, inline = values.get("lycoris_config"), values.pop("lycoris", None)
+        if values.get("lora_type") != "lycoris":
+            values.pop("lycoris_config", None)  # SimpleTuner's configurations name one in any case
+            return None
+        if (source is None) == (inline is None):
+            wrong = "is needed" if source is None else "and lycoris are both given; keep one"
+            self.problems.append(f"{where}: lycoris_config {wrong}{_LYCORIS_HINT if source is None else ''}")
+            return None
+        written, name = inline, where
+        if source is not None:
+            file = self._file(source, "lycoris_config", where)
+            written, name = (self._document(file), file.name) if file else (None, where)
+        del values["lycoris_config"]
+        if not isinstance(written, dict):
+            if written is not None:
+                self.problems.append(f"{name}: it must hold an object of keys and values, not {kind_of(written)}")
+            return None
+        self.problems += (f"{name}: {problem}" for problem in problems_of(written))
+        own = self._settle(_without(written, SWITCHED_OFF), LycorisConfig, {}, name, None)
+        preset = own.get("apply_preset", {})
+        if isinstance(preset, dict):
+            known = self._settle(preset, LycorisPreset, {}, f"{name}: apply_preset", None)
+            own["apply_preset"] = self._validated(LycorisPreset, known, f"{name}: apply_preset")
+        config: LycorisConfig | None = self._validated(LycorisConfig, {k: v for k, v in own.items() if v is not None}, name)
+        return config
 
     def _unknown(self, name: str, ours: Iterable[str], known: Mapping[str, Known], where: str) -> None:
         names = [n for n in ours if n != "family_options"]
@@ -454,6 +472,10 @@ class _Missing:
 
 def _plain_name(key: str) -> str:
     return key.strip().removeprefix("--").replace("-", "_")
+
+
+def _without(written: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    return {key: value for key, value in written.items() if key not in keys}
 
 
 def _by_plain_name(written: Mapping[str, Any], name: str) -> Any:

@@ -34,11 +34,22 @@ def _model(config: RunConfig, family: LoadedFamily, checked: Preflight) -> list[
         facts.add_row("targets", "known only once the model is loaded: it is no local diffusers folder")
         return [facts]
     _target_rows(facts, checked.targets)
-    trainable = checked.targets.parameters * config.lora_rank
     base = sum(p.numel() for p in checked.denoiser.parameters())
-    facts.add_row("trainable", f"{trainable:,} parameters at rank {config.lora_rank}, of {base:,}")
+    trainable, what = _trainable(config, checked.targets)
+    if trainable is None:
+        facts.add_row("trainable", f"{what}: parameters are counted once the model is loaded")
+        return [facts]
+    facts.add_row("trainable", f"{trainable:,} parameters, {what}, of {base:,}")
     facts.add_row("memory", _memory(config, base, trainable))
     return [facts]
+
+
+def _trainable(config: RunConfig, plan: TargetPlan) -> tuple[int | None, str]:
+    """How many parameters are trained, and of what adapter."""
+    if config.lycoris is None:
+        return plan.parameters * config.lora_rank, f"LoRA of rank {config.lora_rank}"
+    sized = "" if config.lycoris.algo == "full" else f" of rank {config.lycoris.linear_dim}"
+    return plan.trainable, f"{config.lycoris.algo}{sized}"
 
 
 def _target_rows(facts: Table, plan: TargetPlan) -> None:

@@ -74,16 +74,29 @@ def export_diffusers(
         ExportError: the file read back is not what was meant.
     """
     tensors = fold(adapter_state, scalings, prefix, dtype)
+    ranks = {factors["lora_A"].shape[0] for factors in adapter_state.values()}
+    return write_verified(path, tensors, metadata, modules=len(adapter_state), ranks=sorted(ranks))
+
+
+def write_verified(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], modules: int, ranks: Sequence[int]
+) -> ExportReport:
+    """Write tensors of one dtype and read them back; an older file stays until the new one is found equal bit for bit.
+
+    Raises:
+        ExportError: the file read back is not what was meant.
+    """
     header = _header(metadata)
-    data = _sorted_bytes(safetensors.torch.save(tensors, metadata=header))
+    data = _sorted_bytes(safetensors.torch.save(dict(tensors), metadata=header))
     with replacing(path) as temporary:
         temporary.write_bytes(data)
         _compare(temporary, tensors, header)
+    (dtype,) = {tensor.dtype for tensor in tensors.values()}
     return ExportReport(
         path=path,
-        modules=len(adapter_state),
+        modules=modules,
         parameters=sum(tensor.numel() for tensor in tensors.values()),
-        ranks=tuple(sorted({factors["lora_A"].shape[0] for factors in adapter_state.values()})),
+        ranks=tuple(ranks),
         dtype=str(dtype).removeprefix("torch."),
         size=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
@@ -175,8 +188,7 @@ def slider_metadata(
     targets: str,
     targets_source: str,
     strengths: Sequence[float],
-    rank: int,
-    alpha: float,
+    adapter: Mapping[str, str],
     steps: int,
     seed: int,
     base_model: str,
@@ -185,7 +197,8 @@ def slider_metadata(
 ) -> dict[str, str]:
     """The `slider.*` strings of a file; what is None is left out, and `extra` adds keys of its own (with any prefix).
 
-    `rank` and `alpha` tell how it was trained: the file itself has alpha folded in and runs at strength 1 as trained.
+    `adapter` is what `Adapter.facts` says; `slider.rank` and `slider.alpha` in it tell how it was trained: the file itself has
+    alpha folded in and runs at strength 1 as trained.
     """
     values: dict[str, Any] = {
         "version": _own_version(),
@@ -197,14 +210,14 @@ def slider_metadata(
         "targets": targets,
         "targets_source": targets_source,
         "strengths": json.dumps([float(strength) for strength in strengths]),
-        "rank": rank,
-        "alpha": f"{alpha:g}",
         "steps": steps,
         "seed": seed,
         "base_model": _last_part(base_model),
         "objective": objective,
     }
-    return {f"slider.{key}": str(value) for key, value in values.items() if value is not None} | dict(extra or {})
+    return (
+        {f"slider.{key}": str(value) for key, value in values.items() if value is not None} | dict(adapter) | dict(extra or {})
+    )
 
 
 def _own_version() -> str:

@@ -122,7 +122,6 @@ CONFIG_KEYS: Mapping[str, Known] = {
     "lora_init_type": _refused("default", "adapters start at PEFT's default; take it out", "default", True),
     "init_lora": _refused(None, "a run starts from a fresh adapter; use resume_from_checkpoint to go on with one of ours"),
     "lora_format": _refused("diffusers", "the diffusers layout is written; write diffusers", "diffusers"),
-    "lycoris_config": _ignored("config/lycoris_config.json", "it is read only where lora_type is lycoris"),
     "init_lokr_norm": _ignored(None, "it belongs to LyCORIS"),
     "flux_lora_target": _refused("all", "use slider_lora_target or peft_lora_target_modules; take it out"),
     "assistant_lora_path": _refused(None, _ASSISTANT),
@@ -186,7 +185,6 @@ CONFIG_KEYS: Mapping[str, Known] = {
     "validation_guidance_real": _refused(1.0, "use validation_guidance"),
     "validation_guidance_rescale": _refused(0.0, "guidance is not rescaled; take it out", 0),
     "validation_noise_scheduler": _refused(None, "pictures are drawn with the model's own scheduler; take it out"),
-    "validation_lycoris_strength": _refused(1.0, "use validation_adapter_strength, which holds for every adapter"),
     "validation_adapter_path": _refused(None, "only the slider itself is drawn; take it out"),
     "validation_adapter_name": _ignored(None, "only the slider itself is drawn"),
     "validation_adapter_config": _refused(None, "only the slider itself is drawn; see validation_strengths"),
@@ -271,6 +269,7 @@ PROMPT_KEYS: Mapping[str, Known] = {
 RENAMED: Mapping[str, str] = {
     "checkpointing_steps": "checkpoint_step_interval",
     "validation_steps": "validation_step_interval",
+    "validation_lycoris_strength": "validation_adapter_strength",
 }
 """Other names of our own keys."""
 
@@ -286,7 +285,6 @@ _TRACKER = Value("metrics.jsonl is always written; write none or tensorboard")
 
 VALUES: Mapping[str, Mapping[Any, Value]] = {
     "model_type": {"full": Value("a slider is an adapter: a whole model has no strength to turn up or down; write lora")},
-    "lora_type": {"lycoris": Value("LyCORIS cannot be trained yet; write standard")},
     "optimizer": {"adamw_bf16": Value("AdamW in float32 is used", instead="adamw")},
     "mixed_precision": {
         False: Value("", instead="no"),  # YAML reads a bare `no` as false
@@ -299,12 +297,3 @@ VALUES: Mapping[str, Mapping[Any, Value]] = {
     "crop_style": {"face": Value("faces are not looked for; write center, random or corner")},
 }
 """Values of our own keys that SimpleTuner has and we have not."""
-
-UNMIRRORED: Mapping[str, str] = {
-    "boft": "BOFT is not linear in its strength",
-    "diag-oft": "Diag-OFT is not linear in its strength",
-}
-"""LyCORIS algorithms that cannot make a slider, whose -s must be the opposite of its +s."""
-
-UNMIRRORED_SWITCHES = ("dora_wd", "weight_decompose", "use_dora")
-"""Keys of a LyCORIS preset that turn an algorithm into a DoRA, which is not linear in its strength either."""

@@ -66,7 +66,8 @@ def import_file(path: Path) -> ModuleType:
         raise PluginError(
             f"{path} cannot be imported: {path.stem!r} is no name of a module; use letters, digits and underscores"
         )
-    if loaded is not None or find_spec(path.stem) is not None:
+    found = None if loaded is not None else find_spec(path.stem)
+    if loaded is not None or (found is not None and found.origin != str(path)):  # in its own folder it finds itself
         raise PluginError(f"{path} has the name of another module, {path.stem}; rename the file")
     spec = spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None  # a path that ends with .py has both

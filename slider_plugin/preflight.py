@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from slider_hooks import Family, TargetRequest
+from slider_hooks import Family
+from slider_plugin.adapters.attach import plan_targets
 from slider_plugin.config import RunConfig
 from slider_plugin.data.buckets import Bucket, Buckets, open_buckets
 from slider_plugin.data.images import check_image as check_image_file
@@ -18,7 +19,7 @@ from slider_plugin.data.sampler import cycle_length
 from slider_plugin.errors import ConfigError, UserError
 from slider_plugin.files import check_writable
 from slider_plugin.loading import check_folder, denoiser_class_of, denoiser_config, model_folder, on_meta, pipeline_class_of
-from slider_plugin.targets import TargetPlan, resolve_targets
+from slider_plugin.targets import TargetPlan
 from slider_plugin.validation.render import check_image
 
 if TYPE_CHECKING:
@@ -63,11 +64,7 @@ def preflight(config: RunConfig, family: LoadedFamily) -> Preflight:
     problems: list[str] = []
     model = _or_note(problems, lambda: model_of(config, family))
     denoiser = _or_note(problems, lambda: meta_denoiser(family, model)) if model else None
-    targets = (
-        _or_note(problems, lambda: resolve_targets(family, denoiser, target_request(config), config.lora_rank, config.strict))
-        if denoiser is not None
-        else None
-    )
+    targets = _or_note(problems, lambda: plan_targets(config, family, denoiser)) if denoiser is not None else None
     opened = _or_note(problems, lambda: open_buckets(config, alignment(config)))
     problems.extend(foreign_data(config, family.facts))
     _or_note(problems, lambda: check_output(config))
@@ -153,13 +150,6 @@ def _most_common_size(opened: Buckets) -> tuple[int, int]:
         for size, places in bucket.shapes().items():
             counts[size] = counts.get(size, 0) + len(places)
     return max(counts, key=lambda size: (counts[size], size))
-
-
-def target_request(config: RunConfig) -> TargetRequest:
-    """What the configuration wants adapters attached to."""
-    return TargetRequest(
-        slider=config.slider_lora_target, explicit=config.peft_lora_target_modules, include_joint=config.include_joint
-    )
 
 
 def model_of(config: RunConfig, family: LoadedFamily) -> str:

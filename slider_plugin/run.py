@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slider_plugin import stages
+from slider_plugin.adapters.attach import attach_file
 from slider_plugin.config import RunConfig
 from slider_plugin.preflight import preflight
 from slider_plugin.registry import Plugins
@@ -36,7 +37,7 @@ def train(config: RunConfig) -> Outcome:
     machine = stages.open_machine(config)
     components = stages.load(config, family, checked, machine)
     targets = stages.find_targets(config, family, checked, components)
-    adapter = stages.attach(config, components, targets, machine)
+    adapter = stages.attach(config, family, components, targets, machine)
     data = stages.encode(config, family, components, checked, machine)
     sampler = family.build_sampler(data.infos(), config.seed, config.data_backend_sampling, checked.neutral_scale)
     trainer = stages.build_trainer(config, family, components, adapter, data, sampler, checked, machine)
@@ -52,5 +53,5 @@ def validate(config: RunConfig, adapter_file: Path, folder: Path) -> Path:
     model, size = stages.check_validation(config, family, adapter_file)
     machine = stages.open_machine(config)
     components = stages.load_model(config, family, model, machine)
-    adapter = stages.attach_file(adapter_file, family, components)
+    adapter = attach_file(adapter_file, family, components)
     return stages.draw(config, family, components, adapter, size, folder, 0)

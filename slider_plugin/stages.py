@@ -13,22 +13,22 @@ from accelerate.utils import ProjectConfiguration
 
 from slider_hooks import Components, LoadRequest, PromptEntry, Sampler
 from slider_plugin import console
-from slider_plugin.adapterfile import read_adapter
-from slider_plugin.adapters.peft_lora import LoraAdapter
+from slider_plugin.adapterfile import read_tensors
+from slider_plugin.adapters.attach import new_adapter, plan_targets
+from slider_plugin.adapters.base import Adapter
 from slider_plugin.config import RunConfig
 from slider_plugin.configfile import to_json
 from slider_plugin.data.encode import Encoded, encode_once
 from slider_plugin.errors import UserError
-from slider_plugin.export import export_diffusers, slider_metadata
+from slider_plugin.export import slider_metadata
 from slider_plugin.files import write_json
-from slider_plugin.preflight import EXPORTED, Preflight, draws, image_file, model_of, num_frames, target_request
-from slider_plugin.targets import TargetPlan, resolve_targets
+from slider_plugin.preflight import EXPORTED, Preflight, draws, image_file, model_of, num_frames
+from slider_plugin.targets import TargetPlan
 from slider_plugin.training.checkpoint import Position, find_checkpoint, load_checkpoint, save_checkpoint
 from slider_plugin.training.loop import StepReport, Trainer
 from slider_plugin.training.noise import noise_process
-from slider_plugin.training.seeds import derived_seed
 from slider_plugin.training.watch import Metrics, interruptible
-from slider_plugin.validation.render import DrawSettings, check_image, render
+from slider_plugin.validation.render import DrawSettings, ScalableAdapter, check_image, render
 
 if TYPE_CHECKING:
     from slider_plugin.family import LoadedFamily
@@ -95,7 +95,7 @@ def find_targets(config: RunConfig, family: LoadedFamily, checked: Preflight, co
     """Where the adapter attaches, found beforehand or on the loaded model."""
     plan = checked.targets
     if plan is None:
-        plan = resolve_targets(family, components.denoiser, target_request(config), config.lora_rank, config.strict)
+        plan = plan_targets(config, family, components.denoiser)
         for line in plan.warnings:
             console.warn(line)
     kinds = ", ".join(f"{count} {kind}" for kind, count in plan.by_kind.items())
@@ -103,16 +103,11 @@ def find_targets(config: RunConfig, family: LoadedFamily, checked: Preflight, co
     return plan
 
 
-def attach(config: RunConfig, components: Components, targets: TargetPlan, machine: Accelerator) -> LoraAdapter:
+def attach(
+    config: RunConfig, family: LoadedFamily, components: Components, targets: TargetPlan, machine: Accelerator
+) -> Adapter:
     """Inject the trainable adapter."""
-    adapter = LoraAdapter(
-        components.denoiser,
-        targets.modules,
-        rank=config.lora_rank,
-        alpha=config.lora_alpha or float(config.lora_rank),
-        dropout=config.lora_dropout,
-        seed=derived_seed(config.seed, "adapter"),
-    )
+    adapter = new_adapter(config, family, components, targets)
     components.denoiser.to(machine.device)
     return adapter
 
@@ -138,7 +133,7 @@ def build_trainer(
     config: RunConfig,
     family: LoadedFamily,
     components: Components,
-    adapter: LoraAdapter,
+    adapter: Adapter,
     data: Encoded,
     sampler: Sampler,
     checked: Preflight,
@@ -241,7 +236,7 @@ def _checkpoint(config: RunConfig, trainer: Trainer) -> None:
 
 
 def validate(
-    config: RunConfig, family: LoadedFamily, components: Components, adapter: LoraAdapter, checked: Preflight, step: int
+    config: RunConfig, family: LoadedFamily, components: Components, adapter: Adapter, checked: Preflight, step: int
 ) -> Path | None:
     """Draw the validation of a run; None where there is nothing to draw."""
     if not draws(config):
@@ -254,7 +249,7 @@ def draw(
     config: RunConfig,
     family: LoadedFamily,
     components: Components,
-    adapter: LoraAdapter,
+    adapter: ScalableAdapter,
     size: tuple[int, int],
     folder: Path,
     step: int,
@@ -298,7 +293,7 @@ def validation_size(config: RunConfig) -> tuple[int, int] | None:
 
 
 def export(
-    config: RunConfig, family: LoadedFamily, adapter: LoraAdapter, targets: TargetPlan, checked: Preflight, steps: int
+    config: RunConfig, family: LoadedFamily, adapter: Adapter, targets: TargetPlan, checked: Preflight, steps: int
 ) -> Path:
     """Write the slider as a diffusers file; done only after it was read back and compared."""
     metadata = slider_metadata(
@@ -309,8 +304,7 @@ def export(
         targets=targets.expression,
         targets_source=targets.source,
         strengths=sorted({b.strength or 0.0 for b in checked.buckets}),
-        rank=adapter.rank,
-        alpha=adapter.alpha,
+        adapter=adapter.facts(),
         steps=steps,
         seed=config.seed,
         base_model=checked.model,
@@ -318,7 +312,7 @@ def export(
         extra=_extra(config, family),
     )
     path = config.output_dir / EXPORTED
-    report = export_diffusers(adapter.state(), adapter.scalings(), family.facts.denoiser, metadata, path, torch.float32)
+    report = adapter.export(path, family.facts.denoiser, metadata, torch.float32)
     console.say(f"slider: {report.path} ({report.modules} modules, {report.size / 1e6:.1f} MB)")
     family.observe("exported", step=steps, path=path)
     return path
@@ -337,7 +331,7 @@ def _extra(config: RunConfig, family: LoadedFamily) -> dict[str, str]:
 
 def check_validation(config: RunConfig, family: LoadedFamily, adapter_file: Path) -> tuple[str, tuple[int, int]]:
     """Model and image size of a validation. Raises UserError for a file of another family, or nothing to draw."""
-    _, metadata = read_adapter(adapter_file, family.facts.denoiser)
+    _, metadata = read_tensors(adapter_file)
     made_by = metadata.get("slider.family", family.facts.name)
     if made_by != family.facts.name:
         raise UserError(f"{adapter_file} is a slider of {made_by}, and model_family is {family.facts.name}")
@@ -345,19 +339,3 @@ def check_validation(config: RunConfig, family: LoadedFamily, adapter_file: Path
         raise UserError("there is no prompt to draw: give validation_prompt or user_prompt_library")
     size = validation_size(config) or (int(config.resolution), int(config.resolution))
     return model_of(config, family), size
-
-
-def attach_file(adapter_file: Path, family: LoadedFamily, components: Components) -> LoraAdapter:
-    """Inject an adapter with the weights of a file that `export` wrote. Raises UserError if it does not fit the model."""
-    state, _ = read_adapter(adapter_file, family.facts.denoiser)
-    known = dict(components.denoiser.named_modules())
-    foreign = [name for name in state if name not in known]
-    if foreign:
-        raise UserError(f"{adapter_file} does not fit this model: it has no module {foreign[0]} (and {len(foreign) - 1} more)")
-    ranks = {int(parts["lora_A"].shape[0]) for parts in state.values()}
-    if len(ranks) > 1:
-        raise UserError(f"{adapter_file} has modules of different ranks ({sorted(ranks)}); this version reads one rank")
-    rank = ranks.pop()
-    adapter = LoraAdapter(components.denoiser, list(state), rank=rank, alpha=float(rank))
-    adapter.load_folded(state, str(adapter_file))
-    return adapter

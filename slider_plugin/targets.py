@@ -62,6 +62,8 @@ class TargetPlan:
     modules: tuple[str, ...]
     parameters: int
     """Trainable parameters of a LoRA of rank 1 on these modules."""
+    trainable: int | None = None
+    """Trainable parameters of the adapter itself, where it is no LoRA."""
     by_kind: dict[str, int] = field(default_factory=dict)
     joint: int = 0
     dead: tuple[str, ...] = ()
@@ -97,7 +99,7 @@ def match(family: Family, denoiser: Module, answer: ResolvedTargets, rank: int =
     adaptable = adaptable_modules(denoiser)
     names = tuple(n for n in adaptable if pattern.fullmatch(n)) if answer.expression else ()
     forbidden = tuple(n for n in names if family.targets.forbidden and re.fullmatch(family.targets.forbidden, n))
-    by_kind = _by_kind(family.targets, names)
+    by_kind = kinds_of(family.targets, names)
     dead = tuple(a for a in _parts(answer, family.targets) if not any(re.fullmatch(a, n) for n in adaptable))
     _assert_rank_fits(denoiser, names, rank)
     plan = TargetPlan(
@@ -145,7 +147,8 @@ def _readable(alternative: str) -> str:
     return alternative[len(prefix) : -1].replace("\\", "") if alternative.startswith(prefix) else alternative
 
 
-def _by_kind(targets: Targets, names: Sequence[str]) -> dict[str, int]:
+def kinds_of(targets: Targets, names: Sequence[str]) -> dict[str, int]:
+    """How many of the modules each kind of slider target matches; kinds that match none are left out."""
     counts = {k: sum(bool(re.fullmatch(e, n)) for n in names) for k, e in targets.by_kind().items()}
     return {kind: count for kind, count in counts.items() if count}
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from slider_hooks import Family, ResolvedTargets, TargetRequest
 from slider_plugin.errors import UserError
+from slider_plugin.lycoris_config import problems_of
 from slider_plugin.preflight import has_pipeline_folders, meta_denoiser
 from slider_plugin.reference import reference_denoiser
 from slider_plugin.targets import DOCUMENTED, TargetPlan, match, resolve_targets, suffix_expression
@@ -93,6 +94,16 @@ def _in_folder(family: LoadedFamily, model: Path) -> Module:
 def _patterns(family: Family, plan: TargetPlan, include_joint: bool) -> list[str]:
     whole = plan.expression == family.targets.slider(include_joint)  # else the family's hook has answered something of its own
     return list(family.targets.by_kind(include_joint).values()) if whole else [plan.expression]
+
+
+def lycoris_json(family: Family, algorithm: str, include_joint: bool = True) -> str:
+    """A `lycoris_config.json` that wraps the family's slider targets. Raises UserError for an algorithm that makes no slider."""
+    from slider_plugin.adapters.presets import preset_for
+
+    if problem := next(problems_of({"algo": algorithm}), None):
+        raise UserError(f"--lycoris: {problem}")
+    sizes = {"algo": algorithm, "multiplier": 1.0, "linear_dim": 4, "linear_alpha": 1.0}
+    return json.dumps(sizes | {"apply_preset": preset_for(family, include_joint)}, indent=2)
 
 
 def as_json(facts: TargetFacts) -> str:

@@ -168,6 +168,16 @@ def test_a_file_that_cannot_be_a_module(
     assert said in capsys.readouterr().err
 
 
+def test_a_file_in_the_current_folder_is_no_other_module(
+    file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = file("right_here")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    loose.add([path.name])
+    assert Plugins.discover().load("right_here").facts.name == "right_here"
+
+
 def test_a_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert execute(["targets", "sd1", "--plugin", "nowhere.py"]) == 2
     assert "--plugin nowhere.py: there is no such Python file" in capsys.readouterr().err

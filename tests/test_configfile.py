@@ -17,7 +17,7 @@ from slider_plugin.config import BucketConfig, RunConfig
 from slider_plugin.configfile import read_config, read_prompts, to_json
 from slider_plugin.errors import ConfigError, UserError
 from slider_plugin.known_keys import CONFIG_KEYS, ENTRY_KEYS, PROMPT_KEYS, VALUES
-from slider_plugin.wording import key_help
+from slider_plugin.wording import NOT_FLAGS, key_help
 
 FACTS = Family(
     name="z_image",
@@ -348,7 +348,7 @@ def test_no_key_is_both_ours_and_foreign() -> None:
 def test_methods_without_a_mirror(project: Callable[..., Path], tmp_path: Path) -> None:
     write(tmp_path / "lycoris_config.json", {"algo": "boft", "linear_dim": 4})
     text = problems(project(lora_type="lycoris", lycoris_config="lycoris_config.json"))
-    assert "lora_type" in text and "not linear" in text and "boft" in text
+    assert "lycoris_config.json: algo: 'boft' cannot be used" in text and "not linear" in text
     write(tmp_path / "lycoris_config.json", {"algo": "lokr", "weight_decompose": True})
     assert "mirror" in problems(project(lora_type="lycoris", lycoris_config="lycoris_config.json"))
 
@@ -515,10 +515,12 @@ BUCKET: dict[str, Any] = {
 
 def test_round_trip(project: Callable[..., Path], tmp_path: Path) -> None:
     write(tmp_path / "p.json", {"a": "x", "b": {"prompt": "y", "adapter_strength": -2}})
-    path = project(**CHANGED, user_prompt_library="p.json", validation_prompt="z")
+    write(tmp_path / "l.json", {"algo": "loha", "linear_dim": 8, "apply_preset": {"target_module": ["a"], "use_fnmatch": True}})
+    changed = CHANGED | {"lora_type": "lycoris", "lycoris_config": "l.json"}
+    path = project(**changed, user_prompt_library="p.json", validation_prompt="z")
     buckets(path, entry("more") | BUCKET, entry("less", 1))
     config, _ = read_config(path, (), families)
-    read_in = {"model_type", "lora_type", "optimizer", "data_backend_config", "user_prompt_library", "validation_prompt"}
+    read_in = {"model_type", "optimizer", "data_backend_config", "user_prompt_library", "validation_prompt", "lycoris_config"}
     usual = RunConfig(model_family="sdxl")
     assert {name for name in RunConfig.model_fields if getattr(config, name) == getattr(usual, name)} <= read_in
     usual_bucket = BucketConfig(id="x", instance_data_dir=Path("x"))
@@ -534,7 +536,7 @@ def test_round_trip(project: Callable[..., Path], tmp_path: Path) -> None:
 
 def test_help_is_the_schema() -> None:
     rows = {key: (section, kind, default, text) for section, key, kind, default, text in key_help()}
-    assert list(rows) == [name for name in RunConfig.model_fields if name not in ("buckets", "prompts", "family_options")]
+    assert list(rows) == [name for name in RunConfig.model_fields if name not in NOT_FLAGS]
     assert all(section and kind and text for section, kind, _, text in rows.values())
     assert rows["learning_rate"][:3] == ("training", "number", "0.0001")
     assert rows["slider_lora_target"][:3] == ("adapter", "true | false", "false")

@@ -45,7 +45,7 @@ def trainer_of(config: Path) -> Trainer:
     checked = preflight(parsed, family)
     machine = stages.open_machine(parsed)
     components = stages.load(parsed, family, checked, machine)
-    adapter = stages.attach(parsed, components, stages.find_targets(parsed, family, checked, components), machine)
+    adapter = stages.attach(parsed, family, components, stages.find_targets(parsed, family, checked, components), machine)
     data = stages.encode(parsed, family, components, checked, machine)
     sampler = family.build_sampler(data.infos(), parsed.seed, parsed.data_backend_sampling, checked.neutral_scale)
     return stages.build_trainer(parsed, family, components, adapter, data, sampler, checked, machine)

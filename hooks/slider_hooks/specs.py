@@ -269,7 +269,7 @@ HOOKS: tuple[str, ...] = (
     "predict",
     "build_pipeline",
 )
-"""The hooks that one owner answers, in the order in which a run calls them first."""
+"""The hooks that one owner answers. hooks/README.md has the order in which a run calls them."""
 
 FOR_EVERY_FAMILY: tuple[str, ...] = ("build_sampler", "validation_prompt_scale")
 """Those of them that an extension may replace or wrap."""

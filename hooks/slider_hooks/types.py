@@ -101,6 +101,10 @@ class Targets:
     documented: tuple[str, ...] = ()
     """The suffix list that the specification documents for this family, for reports; empty where it is the general one."""
 
+    weight_read: str = ""
+    """Modules whose weight the forward pass reads besides calling them. LyCORIS `full` takes the weight out of its layer, and
+    leaves these alone."""
+
     controlnet: str = ""
     """Slider targets of the family's ControlNet, where it has one (`Family.controlnet_class`)."""
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from slider_plugin.errors import UserError
+from slider_plugin.export import ExportReport, export_diffusers
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -85,6 +87,26 @@ class LoraAdapter:
             for name, layer in self._layers.items()
             for part in ("lora_A", "lora_B")
         ]
+
+    def facts(self) -> dict[str, str]:
+        """Rank and alpha, for metadata."""
+        return {"slider.rank": str(self.rank), "slider.alpha": f"{self.alpha:g}"}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """A copy of the weights, float32 on the CPU, for a checkpoint."""
+        return {f"{name}.{part}": value.contiguous() for name, parts in self.state().items() for part, value in parts.items()}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor], where: str) -> None:
+        """Copy a checkpoint's weights in. Raises UserError unless they are exactly this adapter's."""
+        modules: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            name, part = key.rsplit(".", 1)
+            modules.setdefault(name, {})[part] = value
+        self.load_state(modules, where)
+
+    def export(self, path: Path, prefix: str, metadata: Mapping[str, str], dtype: torch.dtype) -> ExportReport:
+        """Write the adapter as diffusers reads it; see `Adapter.export`."""
+        return export_diffusers(self.state(), self.scalings(), prefix, metadata, path, dtype)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """A copy of the weights by module name: `lora_A` (rank, in, ...), `lora_B` (out, rank, ...), float32 on the CPU."""

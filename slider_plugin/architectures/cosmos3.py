@@ -63,6 +63,7 @@ FAMILY = Family(
         self_attention=r"layers\.\d+\.self_attn\.(add_[qkv]_proj|to_add_out)",
         io=r"proj_in|proj_out",
         time=r"time_embedder\.linear_[12]",
+        weight_read=r"time_embedder\.linear_[12]",
         forbidden=r"layers\.\d+\.(self_attn\.to_(q|k|v|out)|mlp\..+)|lm_head",
         standard=r"layers\.\d+\.self_attn\.(add_[qkv]_proj|to_add_out)",
     ),

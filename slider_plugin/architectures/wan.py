@@ -66,6 +66,7 @@ FAMILY = Family(
         self_attention=r"blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)",
         io=r"patch_embedding|proj_out",
         time=r"condition_embedder\.time_embedder\.linear_[12]",
+        weight_read=r"condition_embedder\.time_embedder\.linear_[12]",
         forbidden=r"blocks\.\d+\.attn2\..+|condition_embedder\.(text|image)_embedder\..+",
         standard=r"blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
     ),

@@ -57,6 +57,7 @@ FAMILY = Family(
         joint_attention=r"layers\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)",
         io=r"all_x_embedder\.\d+-\d+|all_final_layer\.\d+-\d+\.linear",
         time=r"t_embedder\.mlp\.[02]",
+        weight_read=r"t_embedder\.mlp\.[02]",
         forbidden=r"context_refiner\..*|cap_embedder\..*|siglip_.*",
         controlnet=r"control_(layers|noise_refiner)\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)|control_all_x_embedder\.\d+-\d+",
         standard=r"(noise_refiner|layers)\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)",

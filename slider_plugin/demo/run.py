@@ -17,6 +17,7 @@ from rich.table import Table
 
 from slider_hooks import PromptEntry
 from slider_plugin import console, run, stages
+from slider_plugin.adapters.attach import attach_file
 from slider_plugin.config import RunConfig
 from slider_plugin.configfile import read_config
 from slider_plugin.demo import measure
@@ -149,7 +150,7 @@ def draw(config: RunConfig, adapter_file: Path) -> Rendered:
     family = Plugins.discover().load(config.model_family)
     machine = stages.open_machine(config)
     components = stages.load_model(config, family, str(config.pretrained_model_name_or_path), machine)
-    adapter = stages.attach_file(adapter_file, family, components)
+    adapter = attach_file(adapter_file, family, components)
     card = json.loads((Path(str(config.pretrained_model_name_or_path)) / "training.json").read_text(encoding="utf-8"))
     return render(
         family,

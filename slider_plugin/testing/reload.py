@@ -12,18 +12,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from slider_plugin.adapters.peft_lora import LoraAdapter
-from slider_plugin.export import export_diffusers
+from slider_plugin.adapters.attach import attach_file
+from slider_plugin.adapters.base import Adapter
 from slider_plugin.registry import Plugins
-from slider_plugin.stages import attach_file
 from slider_plugin.testing.subject import PROMPTS, Subject
+from slider_plugin.validation.render import ScalableAdapter
 
 SCALES = (-1.0, 0.0, 1.0)
 Answers = dict[str, Tensor]
 """By scale, what the denoiser answers."""
 
 
-def answers(subject: Subject, adapter: LoraAdapter) -> Answers:
+def answers(subject: Subject, adapter: ScalableAdapter) -> Answers:
     """The denoiser's answers to the test media of two prompts at three scales."""
     latents, text = subject.latents(2), subject.conditioning(PROMPTS)
     found = {}
@@ -34,11 +34,11 @@ def answers(subject: Subject, adapter: LoraAdapter) -> Answers:
     return found
 
 
-def save(subject: Subject, adapter: LoraAdapter, path: Path) -> Path:
+def save(subject: Subject, adapter: Adapter, path: Path) -> Path:
     """Export the adapter as `slider train` does."""
     facts = subject.family.facts
-    metadata = {"slider.family": facts.name}
-    return export_diffusers(adapter.state(), adapter.scalings(), facts.denoiser, metadata, path, torch.float32).path
+    metadata = {"slider.family": facts.name, **adapter.facts()}
+    return adapter.export(path, facts.denoiser, metadata, torch.float32).path
 
 
 def answers_elsewhere(saved: Mapping[str, tuple[Path, Path]], room: Path) -> dict[str, Answers]:

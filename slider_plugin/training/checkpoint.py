@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from slider_plugin.adapters.peft_lora import LoraAdapter
+from slider_plugin.adapters.base import Adapter
 from slider_plugin.errors import UserError
 from slider_plugin.files import folder_replacing
 
@@ -43,13 +43,13 @@ class Position:
 
 
 def save_checkpoint(
-    folder: Path, adapter: LoraAdapter, optimizer: torch.optim.Optimizer, position: Position, facts: dict[str, Any], keep: int
+    folder: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, position: Position, facts: dict[str, Any], keep: int
 ) -> Path:
     """Write `folder/checkpoint-<step>` and delete the oldest ones beyond `keep`; an existing one of that step stays."""
     path = folder / f"checkpoint-{position.step:06d}"
     if not path.exists():
         with folder_replacing(path) as temporary:
-            save_file(_flat(adapter), temporary / ADAPTER, {"format": "pt"})
+            save_file(adapter.tensors(), temporary / ADAPTER, {"format": "pt"})
             save_file(_optimizer_tensors(adapter, optimizer), temporary / OPTIMIZER, {"format": "pt"})
             state = {
                 "format": FORMAT,
@@ -65,15 +65,10 @@ def save_checkpoint(
     return path
 
 
-def load_checkpoint(path: Path, adapter: LoraAdapter, optimizer: torch.optim.Optimizer) -> Position:
+def load_checkpoint(path: Path, adapter: Adapter, optimizer: torch.optim.Optimizer) -> Position:
     """Put a checkpoint's weights into adapter and optimizer. Raises UserError if it is damaged or another run's."""
     state = verify(path)
-    tensors = load_file(path / ADAPTER)
-    modules: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        name, part = key.rsplit(".", 1)
-        modules.setdefault(name, {})[part] = value
-    adapter.load_state(modules, str(path))
+    adapter.load_tensors(load_file(path / ADAPTER), str(path))
     _load_optimizer(adapter, optimizer, load_file(path / OPTIMIZER))
     return Position(state["step"], state["sampler"], state["schedule"])
 
@@ -122,11 +117,7 @@ def _children(folder: Path) -> Iterable[Path]:
     return folder.iterdir() if folder.is_dir() else ()
 
 
-def _flat(adapter: LoraAdapter) -> dict[str, Tensor]:
-    return {f"{name}.{part}": tensor.contiguous() for name, parts in adapter.state().items() for part, tensor in parts.items()}
-
-
-def _optimizer_tensors(adapter: LoraAdapter, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(adapter: Adapter, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """`<parameter>//<state>` to tensor: safetensors instead of torch.save, which would be a pickle."""
     tensors = {}
     for name, parameter in adapter.named_parameters():
@@ -135,7 +126,7 @@ def _optimizer_tensors(adapter: LoraAdapter, optimizer: torch.optim.Optimizer) -
     return tensors
 
 
-def _load_optimizer(adapter: LoraAdapter, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def _load_optimizer(adapter: Adapter, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     parameters = dict(adapter.named_parameters())
     for name, value in tensors.items():
         parameter_name, key = name.split("//")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from slider_hooks import Components, Draw, Sampler
-from slider_plugin.adapters.peft_lora import LoraAdapter
+from slider_plugin.adapters.base import Adapter
 from slider_plugin.data.encode import Batch, Encoded
 from slider_plugin.errors import UserError
 from slider_plugin.objectives.bucket import learning_loss, preservation_loss
@@ -39,7 +39,7 @@ class Trainer:
 
     family: LoadedFamily
     components: Components
-    adapter: LoraAdapter
+    adapter: Adapter
     data: Encoded
     sampler: Sampler
     noise: NoiseProcess

@@ -1,0 +1,74 @@
+"""Put an adapter into the denoiser: a new one to be trained, or a finished one from a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slider_hooks import Components
+from slider_plugin.adapterfile import read_adapter, read_tensors
+from slider_plugin.adapters.base import Adapter
+from slider_plugin.adapters.peft_lora import LoraAdapter
+from slider_plugin.config import RunConfig
+from slider_plugin.errors import UserError
+from slider_plugin.lycoris_config import LycorisConfig
+from slider_plugin.targets import TargetPlan, resolve_targets
+from slider_plugin.training.seeds import derived_seed
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+    from slider_plugin.adapters.lycoris_network import LycorisFile
+    from slider_plugin.family import LoadedFamily
+
+
+def plan_targets(config: RunConfig, family: LoadedFamily, denoiser: Module) -> TargetPlan:
+    """Which modules the configured adapter would wrap; the denoiser may be on the meta device.
+
+    Raises:
+        UserError: none, or modules that a slider must leave alone; under `strict` any warning, too.
+    """
+    if config.lycoris is None:
+        return resolve_targets(family, denoiser, config.target_request(), config.lora_rank, config.strict)
+    from slider_plugin.adapters.lycoris_network import plan_of
+
+    plan = plan_of(family.facts, denoiser, config.lycoris)
+    if config.strict and plan.warnings:
+        raise UserError("targets, under --strict: " + "; ".join(plan.warnings))
+    return plan
+
+
+def new_adapter(config: RunConfig, family: LoadedFamily, components: Components, targets: TargetPlan) -> Adapter:
+    """Inject the adapter that is trained. Raises UserError if its algorithm does not mirror on one of the layers."""
+    seed = derived_seed(config.seed, "adapter")
+    if config.lycoris is None:
+        alpha = config.lora_alpha or float(config.lora_rank)
+        return LoraAdapter(
+            components.denoiser, targets.modules, rank=config.lora_rank, alpha=alpha, dropout=config.lora_dropout, seed=seed
+        )
+    from slider_plugin.adapters.lycoris_network import LycorisAdapter
+
+    return LycorisAdapter(family.facts, components.denoiser, config.lycoris, seed)
+
+
+def attach_file(adapter_file: Path, family: LoadedFamily, components: Components) -> LoraAdapter | LycorisFile:
+    """Inject an adapter with the weights of a file that `export` wrote. Raises UserError if it does not fit the model."""
+    tensors, metadata = read_tensors(adapter_file)
+    if any(name.startswith("lycoris_") for name in tensors):
+        from slider_plugin.adapters.lycoris_network import CONFIG, LycorisFile
+
+        config = LycorisConfig.model_validate(json.loads(metadata[CONFIG])) if CONFIG in metadata else None
+        return LycorisFile(components.denoiser, tensors, str(adapter_file), config)
+    state, _ = read_adapter(adapter_file, family.facts.denoiser)
+    known = dict(components.denoiser.named_modules())
+    foreign = [name for name in state if name not in known]
+    if foreign:
+        raise UserError(f"{adapter_file} does not fit this model: it has no module {foreign[0]} (and {len(foreign) - 1} more)")
+    ranks = {int(parts["lora_A"].shape[0]) for parts in state.values()}
+    if len(ranks) > 1:
+        raise UserError(f"{adapter_file} has modules of different ranks ({sorted(ranks)}); this version reads one rank")
+    rank = ranks.pop()
+    adapter = LoraAdapter(components.denoiser, list(state), rank=rank, alpha=float(rank))
+    adapter.load_folded(state, str(adapter_file))
+    return adapter
