@@ -263,7 +263,7 @@ class _Reader:
         if source is not None:
             file = self._file(source, "lycoris_config", where)
             written, name = (self._document(file), file.name) if file else (None, where)
-        del values["lycoris_config"]
+        values.pop("lycoris_config", None)
         if not isinstance(written, dict):
             if written is not None:
                 self.problems.append(f"{name}: it must hold an object of keys and values, not {kind_of(written)}")

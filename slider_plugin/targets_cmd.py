@@ -97,7 +97,7 @@ def _patterns(family: Family, plan: TargetPlan, include_joint: bool) -> list[str
 
 
 def lycoris_json(family: Family, algorithm: str, include_joint: bool = True) -> str:
-    """A `lycoris_config.json` that wraps the family's slider targets. Raises UserError for an algorithm that makes no slider."""
+    """A `lycoris_config.json` for the family's slider targets. Raises UserError for an algorithm that makes no slider."""
     from slider_plugin.adapters.presets import preset_for
 
     if problem := next(problems_of({"algo": algorithm}), None):

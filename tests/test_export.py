@@ -232,8 +232,8 @@ def test_a_file_that_reads_back_differently_never_takes_its_place(
 def metadata(**changes: Any) -> dict[str, str]:
     facts: dict[str, Any] = {
         "family": "sd1", "flavour": None, "plugin": "slider-plugin", "plugin_version": "1.2", "targets": r"a\.b",
-        "targets_source": "slider", "strengths": [-1, 0, 2.5], "rank": 4, "alpha": 2.0, "steps": 100, "seed": 42,
-        "base_model": "org/model", "objective": "bucket",
+        "targets_source": "slider", "strengths": [-1, 0, 2.5], "steps": 100, "seed": 42,
+        "base_model": "org/model", "objective": "bucket", "adapter": {"slider.rank": "4", "slider.alpha": "2"},
     }  # fmt: skip
     return slider_metadata(**{**facts, **changes})
 

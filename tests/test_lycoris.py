@@ -279,7 +279,8 @@ def run_folder(
         values = {
             "model_family": family, "pretrained_model_name_or_path": str(tiny_folders(family)), "lora_type": "lycoris",
             "lycoris_config": "lycoris_config.json", "data_backend_config": "buckets.json", "resolution": 32,
-            "output_dir": "out", "max_train_steps": 2, "mixed_precision": "no", "validation_prompt": "a circle", "validation_strengths": [1],
+            "output_dir": "out", "max_train_steps": 2, "mixed_precision": "no", "validation_prompt": "a circle",
+            "validation_strengths": [1],
             "validation_num_inference_steps": 1, "validation_lycoris_strength": 0.5, "learning_rate": 0.01,
         }  # fmt: skip
         Path("config.json").write_text(json.dumps(values | keys))
