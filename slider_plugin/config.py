@@ -152,6 +152,8 @@ class RunConfig(_Strict):
     lycoris: LycorisConfig | None = Field(None, description="the same itself, instead of a file")
     lora_rank: Count = Field(16, description="rank of the adapter")
     lora_alpha: Positive | None = Field(None, description="the adapter's output is scaled by alpha / rank; None is the rank")
+    lora_use_rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead (rank-stabilised LoRA)")
+    lora_init_type: Literal["default", "gaussian"] = Field("default", description="first weights; both begin as the base model")
     lora_dropout: Fraction = Field(0.0, description="dropout in front of the adapter")
     slider_lora_target: bool = Field(
         False, description="attach to the slider targets of the family: no cross-attention, no text branch"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -78,15 +79,24 @@ def _buckets(config: RunConfig, checked: Preflight) -> Table:
     return table
 
 
+def _factor(config: RunConfig) -> tuple[float, str]:
+    """What an adapter's output is multiplied by at strength 1, and how that is written."""
+    if config.lycoris is not None:
+        return config.lycoris.multiplier, "multiplier"
+    alpha = config.lora_alpha or float(config.lora_rank)
+    if config.lora_use_rslora:
+        return alpha / math.sqrt(config.lora_rank), "alpha/sqrt(rank)"
+    return alpha / config.lora_rank, "alpha/rank"
+
+
 def _steps(config: RunConfig, checked: Preflight) -> list[RenderableType]:
     facts = _facts_table()
-    alpha = config.lora_alpha or config.lora_rank
     strengths = sorted({abs(b.strength) for b in checked.buckets if b.strength}) or [checked.neutral_scale]
-    factor = alpha / config.lora_rank
+    factor, formula = _factor(config)
     effective = ", ".join(f"{config.learning_rate * factor * s:.2g} at |strength| {s:g}" for s in strengths)
     facts.add_row("one step", f"{checked.draws_per_step} draws of {config.train_batch_size} images, cycle of {checked.cycle}")
     facts.add_row("steps", f"{config.max_train_steps}, {config.lr_scheduler} from {config.learning_rate:g}")
-    facts.add_row("step size", f"learning rate x alpha/rank ({factor:g}) x |strength|: {effective}")
+    facts.add_row("step size", f"learning rate x {formula} ({factor:g}) x |strength|: {effective}")
     if any(not b.strength for b in checked.buckets):
         facts.add_row("neutral", f"the frozen model is preserved at +{checked.neutral_scale:g} and -{checked.neutral_scale:g}")
     facts.add_row("output", str(config.output_dir))

@@ -119,7 +119,6 @@ CONFIG_KEYS: Mapping[str, Known] = {
     # --- adapter
     "peft_lora_mode": _refused("standard", "only plain LoRA is trained; write standard", "standard"),
     "use_dora": _refused(False, _MIRROR, False),
-    "lora_init_type": _refused("default", "adapters start at PEFT's default; take it out", "default", True),
     "init_lora": _refused(None, "a run starts from a fresh adapter; use resume_from_checkpoint to go on with one of ours"),
     "lora_format": _refused("diffusers", "the diffusers layout is written; write diffusers", "diffusers"),
     "init_lokr_norm": _ignored(None, "it belongs to LyCORIS"),
@@ -283,8 +282,14 @@ _SAMPLED_CROP = Value("crops are square or keep the image's own aspect; write sq
 _COLUMNS = Value("captions come from file names, text files or instance_prompt; write filename, textfile or instanceprompt")
 _TRACKER = Value("metrics.jsonl is always written; write none or tensorboard")
 
+_MOVED = Value("it does not begin as the base model, so strength 0 would not be the base; write default or gaussian")
+
 VALUES: Mapping[str, Mapping[Any, Value]] = {
     "model_type": {"full": Value("a slider is an adapter: a whole model has no strength to turn up or down; write lora")},
+    "lora_init_type": {
+        True: Value("", instead="default"),
+        **dict.fromkeys(("pissa", "olora", "loftq", "eva", "corda", "orthogonal"), _MOVED),
+    },
     "optimizer": {"adamw_bf16": Value("AdamW in float32 is used", instead="adamw")},
     "mixed_precision": {
         False: Value("", instead="no"),  # YAML reads a bare `no` as false

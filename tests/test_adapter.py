@@ -155,3 +155,33 @@ def test_bfloat16_base_keeps_a_float32_adapter(load: Load) -> None:
     plan = resolve_targets(family, components.denoiser, TargetRequest(slider=True))
     adapter = LoraAdapter(components.denoiser, plan.modules, rank=4, alpha=4)
     assert {p.dtype for p in adapter.parameters()} == {torch.float32}
+
+
+def test_a_rank_stabilised_adapter_is_stronger_by_the_root_of_its_rank(load: Load) -> None:
+    """arXiv 2312.03732: alpha / sqrt(rank) instead of alpha / rank."""
+    family, components, plain, call, _ = prepared(load, "sd1", rank=4, alpha=2.0)
+    state = plain.state()
+    with torch.no_grad(), plain.scaled(1.0):
+        wanted = call()
+    _, other = load("sd1")
+    stabilised = LoraAdapter(other.denoiser, plain.modules, rank=4, alpha=2.0, rank_stabilised=True)
+    stabilised.load_state(state, "here")
+    assert set(stabilised.scalings().values()) == {1.0} and set(plain.scalings().values()) == {0.5}
+    noisy = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        text = family.encode_prompts(other, ["a red circle", "a square on the left"])
+        with stabilised.scaled(0.5):
+            assert torch.allclose(family.predict(other, noisy, torch.tensor([100, 700]), text), wanted, atol=1e-6)
+
+
+def test_gaussian_first_weights_begin_as_the_base_model(load: Load) -> None:
+    family, components = load("sd1")
+    noisy, time = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3)), torch.tensor([100])
+    with torch.no_grad():
+        text = family.encode_prompts(components, ["a"])
+        base = family.predict(components, noisy, time, text)
+        plan = resolve_targets(family, components.denoiser, TargetRequest(slider=True))
+        adapter = LoraAdapter(components.denoiser, plan.modules, rank=4, alpha=4, gaussian=True)
+        assert torch.equal(family.predict(components, noisy, time, text), base)
+    first = torch.cat([parts["lora_A"].flatten() for parts in adapter.state().values()])
+    assert abs(float(first.std()) - 1 / 4) < 0.02 and float(first.abs().max()) > 3 / 4  # normal, deviation 1 / rank

@@ -45,7 +45,14 @@ def new_adapter(config: RunConfig, family: LoadedFamily, components: Components,
     if config.lycoris is None:
         alpha = config.lora_alpha or float(config.lora_rank)
         return LoraAdapter(
-            components.denoiser, targets.modules, rank=config.lora_rank, alpha=alpha, dropout=config.lora_dropout, seed=seed
+            components.denoiser,
+            targets.modules,
+            rank=config.lora_rank,
+            alpha=alpha,
+            dropout=config.lora_dropout,
+            seed=seed,
+            rank_stabilised=config.lora_use_rslora,
+            gaussian=config.lora_init_type == "gaussian",
         )
     from slider_plugin.adapters.lycoris_network import LycorisAdapter
 

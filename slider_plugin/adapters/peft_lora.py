@@ -1,11 +1,12 @@
 """A PEFT LoRA inside the denoiser, with the one thing a slider needs: a scale that can be set, also to minus.
 
-`y = W x + scale * (alpha / rank) * B A x`. Scale 0 is the base model bit for bit, and -s is the mirror of +s, because the
+`y = W x + scale * (alpha / rank) * B A x`, or with `sqrt(rank)`. Scale 0 is the base model bit for bit, and -s is the mirror of +s, because the
 adapter's output is linear in the scale. (DoRA and BOFT are not, and are refused by the configuration.)
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,21 +29,45 @@ class LoraAdapter:
     """The trainable adapter. Its parameters are float32 whatever the base is."""
 
     def __init__(
-        self, denoiser: torch.nn.Module, modules: Sequence[str], rank: int, alpha: float, dropout: float = 0.0, seed: int = 0
+        self,
+        denoiser: torch.nn.Module,
+        modules: Sequence[str],
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        seed: int = 0,
+        rank_stabilised: bool = False,
+        gaussian: bool = False,
     ) -> None:
-        """Inject a LoRA into the named modules of a frozen denoiser; B is zero, so it starts as the identity."""
+        """Inject a LoRA into the named modules of a frozen denoiser; B is zero, so it starts as the identity.
+
+        Args:
+            denoiser: changed in place.
+            modules: full names.
+            rank: of A and B.
+            alpha: the output is scaled by `alpha / rank`.
+            dropout: of the input.
+            seed: of A.
+            rank_stabilised: scale by `alpha / sqrt(rank)` instead (arXiv 2312.03732).
+            gaussian: A from a normal distribution with deviation `1 / rank` instead of Kaiming's uniform one.
+        """
         from peft import LoraConfig, inject_adapter_in_model
 
         self.rank, self.alpha, self.seed, self.modules = rank, alpha, seed, tuple(modules)
         config = LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=_exactly(modules), init_lora_weights=True
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules=_exactly(modules),
+            init_lora_weights="gaussian" if gaussian else True,
+            use_rslora=rank_stabilised,
         )
         denoiser.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             inject_adapter_in_model(config, denoiser, adapter_name=NAME)
         self._layers = _layers(denoiser)
-        self._factor = alpha / rank
+        self._factor = alpha / math.sqrt(rank) if rank_stabilised else alpha / rank
         for parameter in self.parameters():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
@@ -116,7 +141,7 @@ class LoraAdapter:
         }
 
     def scalings(self) -> dict[str, float]:
-        """alpha / rank by module name."""
+        """What B A is multiplied by at scale 1, by module name: alpha / rank, or alpha / sqrt(rank)."""
         return dict.fromkeys(self._layers, self._factor)
 
     def load_state(self, state: Mapping[str, Mapping[str, Tensor]], where: str) -> None:
