@@ -159,7 +159,7 @@ def test_bfloat16_base_keeps_a_float32_adapter(load: Load) -> None:
 
 def test_a_rank_stabilised_adapter_is_stronger_by_the_root_of_its_rank(load: Load) -> None:
     """arXiv 2312.03732: alpha / sqrt(rank) instead of alpha / rank."""
-    family, components, plain, call, _ = prepared(load, "sd1", rank=4, alpha=2.0)
+    family, _, plain, call, _ = prepared(load, "sd1", rank=4, alpha=2.0)
     state = plain.state()
     with torch.no_grad(), plain.scaled(1.0):
         wanted = call()

@@ -488,7 +488,8 @@ def test_broken_prompt_libraries(tmp_path: Path, library: object, said: str) -> 
 
 CHANGED: dict[str, Any] = {
     "model_family": "z_image", "model_flavour": "turbo", "pretrained_model_name_or_path": "org/name", "revision": "r",
-    "variant": "fp16", "lora_rank": 4, "lora_alpha": 2, "lora_dropout": 0.1, "lora_use_rslora": True, "lora_init_type": "gaussian", "slider_lora_target": True, "include_joint": False,
+    "variant": "fp16", "lora_rank": 4, "lora_alpha": 2, "lora_dropout": 0.1, "lora_use_rslora": True,
+    "lora_init_type": "gaussian", "slider_lora_target": True, "include_joint": False,
     "peft_lora_target_modules": ["to_q"], "data_backend_sampling": "auto-weighting", "resolution": 64,
     "resolution_type": "pixel", "caption_strategy": "filename", "instance_prompt": "all", "minimum_image_size": 8,
     "maximum_image_size": 99.5, "target_downsample_size": 70, "aspect_bucket_alignment": 8, "skip_unreadable_images": True,

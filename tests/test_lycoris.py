@@ -18,6 +18,7 @@ from slider_plugin.cli import execute
 from slider_plugin.errors import UserError
 from slider_plugin.lycoris_config import ALGORITHMS, DOCUMENTED, LycorisConfig
 from slider_plugin.registry import Plugins
+from slider_plugin.targets import adaptable_modules
 from slider_plugin.testing import reload
 from slider_plugin.testing.rules import _inputs_of, _loss
 from slider_plugin.testing.subject import PROMPTS, Subject
@@ -66,24 +67,55 @@ def slider_modules(subject: Subject) -> set[str]:
 # --- Presets ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("route", ROUTES)
-def test_the_documented_preset_means_the_family_s_modules(route: str, tiny_folders: Folders) -> None:
-    """By suffix where its entries name modules, else the verified expression, said aloud with the preset to paste."""
-    subject = subject_of(route, tiny_folders)
-    kind = "Kandinsky 5" if route.startswith("kandinsky") else "most models"
-    plan = plan_of(subject.family.facts, subject.denoiser, config(apply_preset={"target_module": DOCUMENTED[kind]}))
+FAMILIES = sorted(p.stem for p in Path(__file__).parents[1].joinpath("slider_plugin", "architectures").glob("[!_]*.py"))
+EXPECTED = json.loads((Path(__file__).parent / "presets.json").read_text())
+"""By family and documented list: how many modules are wrapped on its tiny model, by the list's own endings or by the family's
+expression; or that the list reaches text there, and is refused."""
+
+
+def outcome(subject: Subject, kind: str) -> str:
+    try:
+        plan = plan_of(subject.family.facts, subject.denoiser, config(apply_preset={"target_module": DOCUMENTED[kind]}))
+    except UserError as error:
+        assert "reaches cross-attention or text" in str(error)
+        return "reaches text"
     own, found = slider_modules(subject), set(plan.modules)
-    assert found and found <= own, sorted(found - own)[:3]
-    endings = [name for name in own if any(name == e or name.endswith(f".{e}") for e in DOCUMENTED[kind])]
-    if endings:
-        assert found == set(endings)
-    else:
-        assert found == own
-        (line,) = plan.warnings
-        assert f"its {len(own)} verified slider targets are taken" in line
-        pasted = json.loads(line.partition('"apply_preset": ')[2])
-        again = plan_of(subject.family.facts, subject.denoiser, config(apply_preset=pasted))
-        assert set(again.modules) == own and not again.warnings
+    endings = {
+        n for n in (dict(subject.denoiser.named_modules())) if any(n == e or n.endswith(f".{e}") for e in DOCUMENTED[kind])
+    }
+    if not any("verified slider targets are taken" in line for line in plan.warnings):
+        assert found == endings & set(adaptable_modules(subject.denoiser))
+        return f"{len(found)} by ending"
+    assert found == own
+    (line,) = plan.warnings
+    pasted = json.loads(line.partition('"apply_preset": ')[2])
+    again = plan_of(subject.family.facts, subject.denoiser, config(apply_preset=pasted))
+    assert set(again.modules) == own and not again.warnings
+    return f"{len(found)} by family"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_documented_presets_wrap_what_they_mean(family: str, tiny_folders: Folders) -> None:
+    """By ending where their entries name attention, else the verified expression, said aloud with the preset to paste."""
+    subject = subject_of(family, tiny_folders)
+    assert {kind: outcome(subject, kind) for kind in DOCUMENTED} == EXPECTED[family]
+
+
+def test_the_specification_s_own_pairs_are_never_refused() -> None:
+    """The list that it writes for a family trains that family's attention."""
+    for family in FAMILIES:
+        kind = "Kandinsky 5" if family.startswith("kandinsky") else "most models"
+        assert EXPECTED[family][kind] != "reaches text", family
+    for family in ("flux", "flux2", "chroma", "auraflow"):
+        assert EXPECTED[family]["Flux, Chroma, AuraFlow"].endswith("by ending")
+
+
+def test_a_name_is_not_the_beginning_of_another(tiny_folders: Folders) -> None:
+    """lycoris-lora matches from a name's beginning: `attn1.to_q` would reach HiDream's text branch `attn1.to_q_t`."""
+    subject = subject_of("hidream", tiny_folders)
+    preset = {"target_module": ["attn1.to_q"]}
+    modules = plan_of(subject.family.facts, subject.denoiser, config(apply_preset=preset)).modules
+    assert modules and all(name.endswith("attn1.to_q") for name in modules)
 
 
 def test_lycoris_own_words_keep_their_meaning(tiny_folders: Folders) -> None:
@@ -240,6 +272,20 @@ def test_a_file_answers_through_the_ecosystem_s_own_loader(algo: str, tiny_folde
     if algo != "ia3":  # its loader takes one argument too few in lycoris-lora 4.1.3
         network, _ = lycoris.create_lycoris_from_weights(1.0, str(file), subject_of("sd1", tiny_folders).denoiser)
         assert len(network.loras) == len(adapter.modules)
+
+
+@pytest.mark.parametrize("algo", ["lokr", "full"])
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_files_of_every_route_answer_the_same(route: str, algo: str, tiny_folders: Folders, tmp_path: Path) -> None:
+    subject = subject_of(route, tiny_folders)
+    expression = subject.family.facts.targets.slider()
+    adapter = trained(subject, config(algo, apply_preset={"target_module": [], "target_name": [f"(?:{expression})$"]}))
+    here = reload.answers(subject, adapter)
+    file = reload.save(subject, adapter, tmp_path / "slider.safetensors")
+    other = subject_of(route, tiny_folders)
+    there = reload.answers(other, LycorisFile(other.denoiser, load_file(file), "it"))
+    for scale, answer in here.items():
+        assert torch.allclose(answer, there[scale], atol=1e-4, rtol=1e-4), (scale, float((answer - there[scale]).abs().max()))
 
 
 def test_a_checkpoint_is_taken_back_exactly_and_another_one_refused(tiny_folders: Folders) -> None:

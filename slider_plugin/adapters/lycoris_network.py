@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -199,7 +200,10 @@ class LycorisFile:
 
 
 def _exactly(names: Sequence[str]) -> Translated:
-    preset = LycorisConfig().apply_preset.model_dump() | {"target_module": [], "target_name": list(names)}
+    preset = LycorisConfig().apply_preset.model_dump() | {
+        "target_module": [],
+        "target_name": [f"{re.escape(name)}$" for name in names],
+    }
     return Translated(preset)
 
 

@@ -1,7 +1,7 @@
 """A PEFT LoRA inside the denoiser, with the one thing a slider needs: a scale that can be set, also to minus.
 
-`y = W x + scale * (alpha / rank) * B A x`, or with `sqrt(rank)`. Scale 0 is the base model bit for bit, and -s is the mirror of +s, because the
-adapter's output is linear in the scale. (DoRA and BOFT are not, and are refused by the configuration.)
+`y = W x + scale * (alpha / rank) * B A x`, or with `sqrt(rank)`. Scale 0 is the base model bit for bit, and -s is the mirror of
++s, because the adapter's output is linear in the scale. (DoRA and BOFT are not, and are refused by the configuration.)
 """
 
 from __future__ import annotations

@@ -2,12 +2,13 @@
 
 lycoris-lora compares `target_module` with the names of Python classes alone (wrapper.py:446-493). The specification writes
 endings of module names there, `attn1.to_q`, which wrap nothing. Here an entry that is no class of the model is such an ending.
-If none of the entries names anything and the list is one that the specification documents, the family's verified slider
+If none of the entries names attention and the list is one that the specification documents, the family's verified slider
 targets are meant. Everything else that names nothing is an error.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 from collections.abc import Sequence
@@ -49,26 +50,36 @@ def translate(family: Family, denoiser: Module, config: LycorisConfig) -> Transl
     endings = [entry for entry in entries if entry not in classes and entry not in EVERYTHING]
     named = {ending: _ending_with(denoiser, ending) for ending in endings}
     names, notes = sorted({name for found in named.values() for name in found}), []
-    if not any(named.values()) and _documented(preset):
+    if _documented(preset) and not any(_is_attention(family, name) for name in names):
         names = [name for name in adaptable_modules(denoiser) if re.fullmatch(family.targets.slider(), name)]
         notes.append(_meant(family, names, config))
     elif dead := [ending for ending, found in named.items() if not found]:
         notes.append(f"apply_preset: target_module: {listed(dead)} name no module of {type(denoiser).__name__}")
-    exclude = [*preset.exclude_name, *([] if preset.enable_conv else _convolutions(denoiser))]
+    left_out = [] if preset.enable_conv else _convolutions(denoiser)
     if read := _taken_away(family, denoiser, config):
-        exclude += read
+        left_out += read
         notes.append(f"algo full leaves out {listed(read)}: the model reads their weights, which full takes away")
     translated = {
         "enable_conv": True,
         "target_module": [entry for entry in entries if entry not in endings],
-        "target_name": [*preset.target_name, *names],
-        "exclude_name": exclude,
+        "target_name": [*preset.target_name, *(_exactly(name, preset) for name in names)],
+        "exclude_name": [*preset.exclude_name, *(_exactly(name, preset) for name in left_out)],
         "use_fnmatch": preset.use_fnmatch,
         "module_algo_map": dict(preset.module_algo_map),
         "name_algo_map": dict(preset.name_algo_map),
         "lora_prefix": preset.lora_prefix,
     }
     return Translated(translated, tuple(notes))
+
+
+def _exactly(name: str, preset: LycorisPreset) -> str:
+    """A pattern that matches this name alone: an expression of lycoris-lora also matches every longer name (wrapper.py:565)."""
+    return glob.escape(name) if preset.use_fnmatch else f"{re.escape(name)}$"
+
+
+def _is_attention(family: Family, name: str) -> bool:
+    kinds = family.targets.by_kind()
+    return any(re.fullmatch(kinds[kind], name) for kind in ("self", "joint") if kind in kinds)
 
 
 def _ending_with(denoiser: Module, ending: str) -> list[str]:
@@ -85,7 +96,7 @@ def _meant(family: Family, names: Sequence[str], config: LycorisConfig) -> str:
     """What a documented list means for a family whose modules have other names, with the preset to write instead."""
     pasted = json.dumps(preset_for(family))
     return (
-        f"this documented preset names no module of {family.name}; its {len(names)} verified slider targets are taken. "
+        f"this documented preset names no attention of {family.name}; its {len(names)} verified slider targets are taken. "
         f'To say so yourself, write "apply_preset": {pasted}'
     )
 
@@ -122,9 +133,7 @@ def check_names(family: Family, denoiser: Module, names: Sequence[str], config: 
             f"apply_preset reaches cross-attention or text: {listed(forbidden)}. A slider must leave language alone: name its "
             f"modules, or put these into exclude_name{everything}"
         )
-    kinds = family.targets.by_kind()
-    attention = [kinds[kind] for kind in ("self", "joint") if kind in kinds]
-    if attention and not any(re.fullmatch(expression, name) for expression in attention for name in names):
+    if family.targets.by_kind() and not any(_is_attention(family, name) for name in names):
         return [f"apply_preset wraps no attention, only {listed(names)}: such a slider has next to no effect"]
     return []
 
