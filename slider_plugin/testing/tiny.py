@@ -126,7 +126,7 @@ def ddim(**changes: Any) -> DDIMScheduler:
 
 def trained_tokenizer(kind: Any, vocab_size: int = 400, **kwargs: Any) -> Any:
     """A small tokenizer of a transformers class, trained on a handful of words; the same in every process."""
-    return kind().train_new_from_iterator(corpus(WORDS), vocab_size=vocab_size, **kwargs)
+    return kind().train_new_from_iterator(corpus(WORDS), vocab_size=vocab_size, show_progress=False, **kwargs)
 
 
 def corpus(texts: Sequence[str]) -> list[str]:
