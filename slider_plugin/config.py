@@ -121,6 +121,13 @@ class PromptConfig(_Strict):
     adapter_strength: Strength | None = Field(None, description="its own strength; without one, validation_adapter_strength")
 
 
+class BaseLoraConfig(_Strict):
+    """One LoRA that counts as part of the base model: frozen, and active in training and in validation."""
+
+    path: Path = Field(description="safetensors file of the LoRA")
+    weight: Number = Field(1.0, description="its strength")
+
+
 SECTIONS = {
     "model_family": "model",
     "lora_type": "adapter",
@@ -163,6 +170,17 @@ class RunConfig(_Strict):
         None,
         description="your own targets, which always win: a list matches by suffix, text is a pattern for the whole name",
     )
+    init_lora: Path | None = Field(None, description="slider file of ours that the adapter starts from, with the same modules")
+    base_loras: tuple[BaseLoraConfig, ...] = Field(
+        (), description="LoRAs that count as part of the base model, each with path and weight: frozen, never off"
+    )
+    assistant_lora_path: Path | None = Field(
+        None, description="LoRA that assists the training: frozen, active whatever the slider's strength, never saved"
+    )
+    assistant_lora_weight_name: str | None = Field(None, description="the file, where assistant_lora_path is a folder")
+    assistant_lora_strength: Number = Field(1.0, description="strength of the assistant in training")
+    assistant_lora_inference_strength: Number = Field(0.0, description="strength of the assistant in validation; 0 is off")
+    disable_assistant_lora: bool = Field(False, description="train without the assistant that is named")
 
     # --- data
     data_backend_config: Path | None = Field(None, description="dataloader JSON: the list of buckets")

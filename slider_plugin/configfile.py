@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from slider_hooks import Family, Option
-from slider_plugin.config import BucketConfig, PromptConfig, RunConfig
+from slider_plugin.config import BaseLoraConfig, BucketConfig, PromptConfig, RunConfig
 from slider_plugin.data.captions import with_lyrics
 from slider_plugin.documents import parse_flags, read_document
 from slider_plugin.errors import ConfigError, UserError
@@ -47,6 +47,7 @@ SPELLINGS: Mapping[type, Mapping[str, str]] = {
     RunConfig: RENAMED,
     BucketConfig: ENTRY_RENAMED,
     PromptConfig: PROMPT_RENAMED,
+    BaseLoraConfig: {},
     LycorisConfig: {},
     LycorisPreset: {},
 }
@@ -129,6 +130,7 @@ class _Reader:
         values["buckets"] = self._buckets(values, where, path)
         values["prompts"] = self._prompts(values, where)
         values["lycoris"] = self._lycoris(values, where)
+        values["base_loras"] = self._base_loras(values, where, path)
         self._check_together(values, where)
         config = self._validated(RunConfig, values, where)
         if self.problems or config is None:
@@ -349,6 +351,24 @@ class _Reader:
         for key in REGULARISATION:
             if _typed(bool, entry.get(key)) and _typed(float, entry.get("slider_strength")):
                 self.problems.append(f"{place}: {key}: such images are neutral here; take it or slider_strength out")
+
+    # --- LoRAs of the base ---
+
+    def _base_loras(self, values: dict[str, Any], where: str, path: Path | None) -> list[BaseLoraConfig]:
+        entries = values.pop("base_loras", None) or []
+        if not isinstance(entries, list):
+            self.problems.append(f"{where}: base_loras: it must be a list of path and weight, not {kind_of(entries)}")
+            return []
+        found = [self._base_lora(entry, f"{where}: base_loras, entry {n}", path) for n, entry in enumerate(entries, start=1)]
+        return [lora for lora in found if lora is not None]
+
+    def _base_lora(self, entry: Any, place: str, path: Path | None) -> BaseLoraConfig | None:
+        if not isinstance(entry, dict):
+            self.problems.append(f"{place}: it must be an object of path and weight, not {kind_of(entry)}")
+            return None
+        own = self._settle(entry, BaseLoraConfig, {}, place, path.parent if path else None)
+        lora: BaseLoraConfig | None = self._validated(BaseLoraConfig, own, place)
+        return lora
 
     # --- prompts ---
 

@@ -82,7 +82,6 @@ _MIRROR = "a slider must mirror, and DoRA is not linear in its strength; use a p
 _QUANT = "weights are not quantised here; write no_change"
 _EPOCHS = "steps are counted here, not epochs; use max_train_steps"
 _WEIGHTS = "every part comes from pretrained_model_name_or_path; put it into a copy of that folder"
-_ASSISTANT = "this family knows no assistant adapter"
 _EMA = "there is no moving average here"
 _SCHEDULE = "training follows the noise schedule that the model was published with; take it out"
 _TIMESTEPS = "timesteps are drawn as the model's own training drew them; take it out"
@@ -119,15 +118,9 @@ CONFIG_KEYS: Mapping[str, Known] = {
     # --- adapter
     "peft_lora_mode": _refused("standard", "only plain LoRA is trained; write standard", "standard"),
     "use_dora": _refused(False, _MIRROR, False),
-    "init_lora": _refused(None, "a run starts from a fresh adapter; use resume_from_checkpoint to go on with one of ours"),
     "lora_format": _refused("diffusers", "the diffusers layout is written; write diffusers", "diffusers"),
     "init_lokr_norm": _ignored(None, "it belongs to LyCORIS"),
     "flux_lora_target": _refused("all", "use slider_lora_target or peft_lora_target_modules; take it out"),
-    "assistant_lora_path": _refused(None, _ASSISTANT),
-    "assistant_lora_weight_name": _refused(None, _ASSISTANT),
-    "assistant_lora_strength": _refused(1.0, _ASSISTANT),
-    "assistant_lora_inference_strength": _refused(0.0, _ASSISTANT, 0),
-    "disable_assistant_lora": _ignored(False, _ASSISTANT),
     # --- data
     "aspect_bucket_rounding": _refused(2, "aspect ratios are not rounded; set aspect_bucket_alignment instead"),
     "dataloader_prefetch": _ignored(False, "batches come from memory"),

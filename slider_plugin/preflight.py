@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from slider_hooks import Family
-from slider_plugin.adapters.attach import plan_targets
+from slider_plugin.adapters.attach import check_start, plan_targets
+from slider_plugin.adapters.frozen import check_frozen
 from slider_plugin.config import RunConfig
 from slider_plugin.data.buckets import Bucket, Buckets, open_buckets
 from slider_plugin.data.images import check_image as check_image_file
@@ -65,6 +66,8 @@ def preflight(config: RunConfig, family: LoadedFamily) -> Preflight:
     model = _or_note(problems, lambda: model_of(config, family))
     denoiser = _or_note(problems, lambda: meta_denoiser(family, model)) if model else None
     targets = _or_note(problems, lambda: plan_targets(config, family, denoiser)) if denoiser is not None else None
+    _or_note(problems, lambda: check_frozen(config, family.facts, denoiser))
+    _or_note(problems, lambda: check_start(config, family, targets))
     opened = _or_note(problems, lambda: open_buckets(config, alignment(config)))
     problems.extend(foreign_data(config, family.facts))
     _or_note(problems, lambda: check_output(config))

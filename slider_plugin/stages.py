@@ -14,8 +14,9 @@ from accelerate.utils import ProjectConfiguration
 from slider_hooks import Components, LoadRequest, PromptEntry, Sampler
 from slider_plugin import console
 from slider_plugin.adapterfile import read_tensors
-from slider_plugin.adapters.attach import new_adapter, plan_targets
+from slider_plugin.adapters.attach import new_adapter, plan_targets, start_from_file
 from slider_plugin.adapters.base import Adapter
+from slider_plugin.adapters.frozen import attach_frozen, check_frozen, frozen_metadata, other_base
 from slider_plugin.config import RunConfig
 from slider_plugin.configfile import to_json
 from slider_plugin.data.encode import Encoded, encode_once
@@ -69,7 +70,7 @@ def load(config: RunConfig, family: LoadedFamily, checked: Preflight, machine: A
 
 
 def load_model(config: RunConfig, family: LoadedFamily, model: str, machine: Accelerator) -> Components:
-    """Load a model onto the device."""
+    """Load a model onto the device, with the LoRAs that stay frozen beside the slider."""
     request = LoadRequest(
         model=model,
         dtype=torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32,
@@ -81,6 +82,8 @@ def load_model(config: RunConfig, family: LoadedFamily, model: str, machine: Acc
     components.denoiser.requires_grad_(False).eval().to(machine.device)
     if hasattr(components.pipeline, "to"):
         components.pipeline.to(machine.device)
+    for line in attach_frozen(config, family.facts, components.denoiser):
+        console.say(line)
     return components
 
 
@@ -108,6 +111,7 @@ def attach(
 ) -> Adapter:
     """Inject the trainable adapter."""
     adapter = new_adapter(config, family, components, targets)
+    start_from_file(config, family, adapter)
     components.denoiser.to(machine.device)
     return adapter
 
@@ -319,8 +323,8 @@ def export(
 
 
 def _extra(config: RunConfig, family: LoadedFamily) -> dict[str, str]:
-    """Metadata beyond the numbers of a run: the family's own options, and who answered each hook."""
-    extra = {"slider.hooks": json.dumps(family.describe()["hooks"], sort_keys=True)}
+    """Metadata beyond the numbers of a run: the family's own options, who answered each hook, what stood frozen beside it."""
+    extra = {"slider.hooks": json.dumps(family.describe()["hooks"], sort_keys=True), **frozen_metadata(config)}
     if config.family_options:
         extra["slider.options"] = json.dumps(config.family_options, sort_keys=True)
     return extra
@@ -337,5 +341,8 @@ def check_validation(config: RunConfig, family: LoadedFamily, adapter_file: Path
         raise UserError(f"{adapter_file} is a slider of {made_by}, and model_family is {family.facts.name}")
     if not config.prompts:
         raise UserError("there is no prompt to draw: give validation_prompt or user_prompt_library")
+    if difference := other_base(config, metadata):
+        console.warn(f"{adapter_file.name} {difference}")
+    check_frozen(config, family.facts, None)  # once the model is loaded, it is compared with that, too
     size = validation_size(config) or (int(config.resolution), int(config.resolution))
     return model_of(config, family), size

@@ -12,6 +12,7 @@ from slider_plugin.adapters.base import Adapter
 from slider_plugin.adapters.peft_lora import LoraAdapter
 from slider_plugin.config import RunConfig
 from slider_plugin.errors import UserError
+from slider_plugin.export import AdapterState
 from slider_plugin.lycoris_config import LycorisConfig
 from slider_plugin.targets import TargetPlan, resolve_targets
 from slider_plugin.training.seeds import derived_seed
@@ -57,6 +58,54 @@ def new_adapter(config: RunConfig, family: LoadedFamily, components: Components,
     from slider_plugin.adapters.lycoris_network import LycorisAdapter
 
     return LycorisAdapter(family.facts, components.denoiser, config.lycoris, seed)
+
+
+def check_start(config: RunConfig, family: LoadedFamily, targets: TargetPlan | None) -> None:
+    """Raise UserError unless the file of `init_lora`, if there is one, holds exactly the modules of this run, at its rank."""
+    if config.init_lora is None or (config.resume_from_checkpoint and config.lycoris is None):
+        return
+    state = _read_start(config.init_lora, config, family)
+    if targets is None:
+        return
+    missing, extra = sorted(set(targets.modules) - set(state)), sorted(set(state) - set(targets.modules))
+    if missing or extra:
+        first = f"{missing[0]} is missing" if missing else f"{extra[0]} has no place here"
+        raise UserError(
+            f"init_lora: {config.init_lora} holds {len(state)} modules and this run has {len(targets.modules)} ({first}); "
+            "use the model and the targets that it was made with"
+        )
+
+
+def start_from_file(config: RunConfig, family: LoadedFamily, adapter: Adapter) -> None:
+    """Give a new adapter the weights of `init_lora`: at the same strength it answers as that file does.
+
+    Raises:
+        UserError: modules, shapes or rank are not exactly this run's.
+    """
+    if config.init_lora is None or config.resume_from_checkpoint:  # a checkpoint's weights are later ones
+        return
+    state = _read_start(config.init_lora, config, family)
+    assert isinstance(adapter, LoraAdapter)
+    adapter.load_folded(state, f"init_lora: {config.init_lora}")
+
+
+def _read_start(file: Path, config: RunConfig, family: LoadedFamily) -> AdapterState:
+    if config.lycoris is not None:
+        raise UserError("init_lora: only a plain LoRA starts from a file; take it out, or write lora_type standard")
+    if not file.is_file():
+        raise UserError(f"init_lora: there is no file {file}")
+    try:
+        state, metadata = read_adapter(file, family.facts.denoiser)
+    except UserError as error:
+        raise UserError(f"init_lora: {error}") from error
+    made_by = metadata.get("slider.family", family.facts.name)
+    if made_by != family.facts.name:
+        raise UserError(f"init_lora: {file} is a slider of {made_by}, and model_family is {family.facts.name}")
+    ranks = sorted({int(parts["lora_A"].shape[0]) for parts in state.values()})
+    if ranks != [config.lora_rank]:
+        has = f"rank {ranks[0]}; set lora_rank to it" if len(ranks) == 1 else f"ranks {ranks}, which one run cannot have"
+        raise UserError(f"init_lora: lora_rank is {config.lora_rank}, and {file} has {has}")
+    return state
 
 
 def attach_file(adapter_file: Path, family: LoadedFamily, components: Components) -> LoraAdapter | LycorisFile:

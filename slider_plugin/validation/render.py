@@ -18,6 +18,7 @@ import torch
 from PIL import Image, ImageOps
 
 from slider_hooks import Components, PromptEntry
+from slider_plugin.adapters.frozen import drawing_strengths
 from slider_plugin.data.images import load_image
 from slider_plugin.errors import UserError
 from slider_plugin.files import replacing, safe_name, write_json
@@ -133,6 +134,7 @@ def undisturbed(components: Components, pipeline: Any) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(_same_random_numbers(components.denoiser))
         stack.enter_context(_eval_mode(components.denoiser))
+        stack.enter_context(drawing_strengths(components.denoiser))
         stack.enter_context(_own_scheduler(pipeline))
         stack.enter_context(_quiet(pipeline))
         yield
