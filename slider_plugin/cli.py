@@ -160,6 +160,7 @@ def _probe(folder: Path, others: list[object], as_json: bool) -> None:
 def demo(
     family: Annotated[str, typer.Option(help="sd1 or z_image")] = "sd1",
     concept: Annotated[str, typer.Option(help="size or brightness")] = "size",
+    adapter: Annotated[str, typer.Option(help="lora, lokr or full")] = "lora",
     steps: Annotated[int | None, typer.Option(help="Optimizer steps", min=1)] = None,
     output: Annotated[Path, typer.Option(help="Folder for strip, slider and report")] = Path("slider-demo"),
 ) -> None:
@@ -167,7 +168,7 @@ def demo(
     _quiet_libraries()
     from slider_plugin.demo.run import demonstrate
 
-    demonstrate(family, concept, steps, output)
+    demonstrate(family, concept, adapter, steps, output)
 
 
 @plugins_app.command("list")

@@ -79,17 +79,3 @@ def test_readme_names_the_two_commands_that_ci_runs() -> None:
     command = re.search(r"^pip install .*pytest$", readme, re.MULTILINE)
     assert command
     assert command[0].removeprefix("pip install ") in ci
-
-
-def test_readme_s_json_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from slider_plugin.configfile import read_config
-    from slider_plugin.registry import Plugins
-
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    buckets, config = re.findall(r"```json\n(.*?)```", readme, re.DOTALL)
-    (tmp_path / "buckets.json").write_text(buckets)
-    (tmp_path / "config.json").write_text(config)
-    monkeypatch.chdir(tmp_path)
-    parsed, notes = read_config(Path("config.json"), (), Plugins.discover().facts)
-    assert [b.slider_strength for b in parsed.buckets] == [0.5, -0.5, 0.0]
-    assert not notes

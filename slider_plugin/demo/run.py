@@ -1,13 +1,14 @@
 """`slider demo`: the real code path on the bundled model, with a measure of what came out.
 
-It writes the three files that a user would write (config.json, buckets.json, prompts.json), calls what `slider train` calls,
-loads the exported slider as `slider validate` does, draws held-out prompts and measures them.
+It writes the files that a user would write (config.json, buckets.json, for LyCORIS lycoris_config.json), calls what `slider
+train` calls, loads the exported slider as `slider validate` does, draws held-out prompts and measures them.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rich.table import Table
 from slider_hooks import PromptEntry
 from slider_plugin import console, run, stages
 from slider_plugin.adapters.attach import attach_file
+from slider_plugin.adapters.presets import preset_for
 from slider_plugin.config import RunConfig
 from slider_plugin.configfile import read_config
 from slider_plugin.demo import measure
@@ -29,11 +31,43 @@ from slider_plugin.validation import strips
 from slider_plugin.validation.plan import Shot
 from slider_plugin.validation.render import DrawSettings, Rendered, render
 
-RECIPES: dict[str, dict[str, Any]] = {
-    "sd1": {"learning_rate": 2e-3, "max_train_steps": 120},
-    "z_image": {"learning_rate": 2e-3, "max_train_steps": 170},
+RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "lora": {
+        "sd1": {"learning_rate": 2e-3, "max_train_steps": 120},
+        "z_image": {"learning_rate": 2e-3, "max_train_steps": 170},
+    },
+    "lokr": {
+        "sd1": {"learning_rate": 5e-3, "max_train_steps": 120},
+        "z_image": {"learning_rate": 5e-3, "max_train_steps": 170},
+    },
+    "full": {
+        "sd1": {"learning_rate": 2e-4, "max_train_steps": 120},
+        "z_image": {"learning_rate": 2e-4, "max_train_steps": 170},
+    },
 }
-"""What is right for models of three million parameters; a published model wants the defaults."""
+"""By adapter and family: what is right for models of three million parameters; a published model wants the defaults.
+
+`full` moves whole weights and wants a tenth of a LoRA's rate; LoKr, with the fewest parameters, more than a LoRA. Measured on
+one processor core (2026-11-21):
+
+                             monotonicity, 10th percentile | +1 to -1 | moved | seconds
+    lora sd1     size        1.000, 1.000 | 2.25 | 0.057 | 50
+    lora sd1     brightness  1.000, 1.000 | 1.98 | 0.049 | 51
+    lora z_image size        0.998, 1.000 | 2.49 | 0.052 | 82
+    lora z_image brightness  0.993, 0.983 | 2.24 | 0.085 | 92
+    lokr sd1     size        1.000, 1.000 | 1.89 | 0.047 | 48
+    lokr sd1     brightness  1.000, 1.000 | 1.83 | 0.036 | 61
+    lokr z_image size        0.995, 1.000 | 2.29 | 0.047 | 97
+    lokr z_image brightness  0.993, 0.983 | 2.22 | 0.066 | 103
+    full sd1     size        1.000, 1.000 | 2.06 | 0.052 | 46
+    full sd1     brightness  1.000, 1.000 | 1.91 | 0.040 | 47
+    full z_image size        1.000, 1.000 | 2.50 | 0.051 | 88
+    full z_image brightness  0.995, 1.000 | 2.24 | 0.080 | 84
+"""
+
+ADAPTERS = tuple(RECIPES)
+STANDARD = "lora"
+"""The adapter that is PEFT's; the others are algorithms of lycoris-lora."""
 
 PRESERVED = ("size",)
 """Concepts that train with the neutral bucket. Its scenes are of any light, and preserving them holds the light where it is:
@@ -41,7 +75,6 @@ with it, some of z_image's held-out prompts do not answer to brightness (monoton
 
 COMMON = {
     "slider_lora_target": True,
-    "lora_rank": 8,
     "train_batch_size": 6,
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 10,
@@ -51,22 +84,24 @@ COMMON = {
     "checkpoint_step_interval": 0,
     "seed": 7,
 }
+RANK = 8
 DRAWING_STEPS = 16
 IMAGES_AT_ONCE = 32
 STRIP_ROWS = 4  # held-out prompts in strip.png
 
 
-def demonstrate(family: str, concept: str, steps: int | None, output: Path) -> dict[str, Any]:
+def demonstrate(family: str, concept: str, adapter: str, steps: int | None, output: Path) -> dict[str, Any]:
     """Train, draw, measure, and write `strip.png`, the slider and `report.json` into `output`.
 
     Raises:
-        UserError: no such family or concept among the bundled ones, or the folder cannot be written.
+        UserError: no such family, concept or adapter among those of the demo, or the folder cannot be written.
     """
     _check("--family", family, FAMILIES)
     _check("--concept", concept, CONCEPTS)
+    _check("--adapter", adapter, ADAPTERS)
     started = time.perf_counter()
-    config = read_config(write_config(family, concept, steps, output))[0]
-    console.say(f"training a {concept} slider on the tiny {family} pipeline, {config.max_train_steps} steps")
+    config = read_config(write_config(family, concept, adapter, steps, output))[0]
+    console.say(f"training a {concept} slider ({adapter}) on the tiny {family} pipeline, {config.max_train_steps} steps")
     outcome = run.train(config)
     if outcome.adapter is None:
         raise KeyboardInterrupt
@@ -76,6 +111,7 @@ def demonstrate(family: str, concept: str, steps: int | None, output: Path) -> d
     report = {
         "family": family,
         "concept": concept,
+        "adapter_kind": adapter,
         "steps": outcome.steps,
         "seconds": round(time.perf_counter() - started, 1),
         "training_seconds": round(outcome.seconds, 1),
@@ -90,7 +126,8 @@ def demonstrate(family: str, concept: str, steps: int | None, output: Path) -> d
     }
     strip_path, report_path = output / "strip.png", output / "report.json"
     write_strip(rendered, strip_path)
-    adapter_path = output / f"{family}_{concept}.safetensors"
+    kind = "" if adapter == STANDARD else f"_{adapter}"
+    adapter_path = output / f"{family}_{concept}{kind}.safetensors"
     with replacing(adapter_path) as temporary:
         temporary.write_bytes(outcome.adapter.read_bytes())
     write_json(report_path, report | {"adapter": adapter_path.name})
@@ -105,7 +142,7 @@ def _check(flag: str, value: str, known: tuple[str, ...]) -> None:
         raise UserError(f"{flag}: {value!r} is not among {', '.join(known)}")
 
 
-def write_config(family: str, concept: str, steps: int | None, output: Path) -> Path:
+def write_config(family: str, concept: str, adapter: str, steps: int | None, output: Path) -> Path:
     """Write the configuration that a user would write, and return its path; a new run folder each time."""
     place = fixtures()
     buckets = place / "buckets" / concept
@@ -118,7 +155,8 @@ def write_config(family: str, concept: str, steps: int | None, output: Path) -> 
         data.append({"id": "neutral", "instance_data_dir": str(place / "buckets" / "neutral"), "slider_strength": 0})
     config = (
         COMMON
-        | RECIPES[family]
+        | dict(RECIPES[adapter][family])
+        | _adapter_keys(family, adapter, output)
         | {
             "model_family": family,
             "pretrained_model_name_or_path": str(place / "tiny" / family),
@@ -133,6 +171,16 @@ def write_config(family: str, concept: str, steps: int | None, output: Path) -> 
     write_json(output / "buckets.json", data)
     write_json(output / "config.json", config)
     return output / "config.json"
+
+
+def _adapter_keys(family: str, adapter: str, output: Path) -> dict[str, Any]:
+    """The keys that say what is trained; for LyCORIS the file that they name is written, too."""
+    if adapter == STANDARD:
+        return {"lora_rank": RANK}
+    preset = preset_for(Plugins.discover().facts(family))
+    sizes = {"linear_dim": RANK, "linear_alpha": RANK}
+    write_json(output / "lycoris_config.json", {"algo": adapter, **sizes, "apply_preset": preset})
+    return {"lora_type": "lycoris", "lycoris_config": "lycoris_config.json"}
 
 
 def _free(folder: Path) -> Path:
@@ -203,7 +251,12 @@ def write_strip(rendered: Rendered, path: Path) -> None:
 
 
 def _table(report: dict[str, Any]) -> Table:
-    table = Table(title=f"{report['family']}: {report['concept']}", show_header=False, box=None, title_justify="left")
+    table = Table(
+        title=f"{report['family']}: {report['concept']}, {report['adapter_kind']}",
+        show_header=False,
+        box=None,
+        title_justify="left",
+    )
     response = report["response"]
     table.add_row("monotonicity", f"{report['monotonicity']:.3f} (10th percentile {report['monotonicity_p10']:.3f})")
     table.add_row(f"{report['concept']} at -1, 0, +1", ", ".join(f"{response[i][1]:.3f}" for i in (0, len(response) // 2, -1)))
