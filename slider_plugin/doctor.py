@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from slider_plugin.adapters.frozen import frozen_files
 from slider_plugin.config import RunConfig
 from slider_plugin.preflight import Preflight, preflight
 from slider_plugin.registry import Plugins
@@ -31,6 +32,9 @@ def _model(config: RunConfig, family: LoadedFamily, checked: Preflight) -> list[
     facts = _facts_table()
     facts.add_row("model", f"{family.facts.title} ({family.facts.name}, {family.distribution} {family.version})")
     facts.add_row("", checked.model)
+    for file in frozen_files(config):
+        strengths = f"{file.training:g} in training, {file.drawing:g} in pictures"
+        facts.add_row("frozen", f"{file.path.name} ({file.key}): {strengths}")
     if checked.targets is None or checked.denoiser is None:
         facts.add_row("targets", "known only once the model is loaded: it is no local diffusers folder")
         return [facts]

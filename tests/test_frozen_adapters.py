@@ -311,6 +311,10 @@ def test_a_run_with_assistant_and_base_goes_on_exactly(
         base_loras=[{"path": "style.safetensors", "weight": 0.25}],
         **keys,
     )
+    assert execute(["doctor", str(config)]) == 0
+    plan = " ".join(capfd.readouterr().out.split())
+    assert "style.safetensors (base_loras): 0.25 in training, 0.25 in pictures" in plan
+    assert "ostris.safetensors (assistant_lora_path): 0.5 in training, 0 in pictures" in plan
     whole = train(config, "--output_dir", str(tmp_path / "whole")).adapter
     said = " ".join(capfd.readouterr().err.split())
     count = len(layers_of(subject))
