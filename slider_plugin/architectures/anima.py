@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slider_hooks import Components, Conditioning, Family, Flavour, Flow, LoadRequest, Targets, hookimpl, sigma_as_is
+from slider_hooks import Components, Conditioning, Family, Flavour, Flow, LoadRequest, hookimpl, sigma_as_is
+from slider_plugin.common.cosmos import TARGETS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,6 @@ def tiny(folder: Path) -> None:
         AnimaModularPipeline,
         AnimaTextConditioner,
         AutoencoderKLQwenImage,
-        CosmosTransformer3DModel,
         FlowMatchEulerDiscreteScheduler,
     )
 
@@ -31,17 +31,6 @@ def tiny(folder: Path) -> None:
     with parts.seeded(0):
         text_encoder, tokenizer = parts.qwen3(hidden_size=32)
         _, t5_tokenizer = parts.t5(hidden_size=16)
-        transformer = CosmosTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=12,
-            num_layers=2,
-            mlp_ratio=2.0,
-            text_embed_dim=16,
-            adaln_lora_dim=4,
-            rope_scale=(1.0, 4.0, 4.0),
-            concat_padding_mask=False,  # would need torchvision
-            extra_pos_embed_type=None,
-        )
         pipeline = AnimaModularPipeline()
         pipeline.update_components(
             vae=AutoencoderKLQwenImage(base_dim=4, num_res_blocks=1),
@@ -56,7 +45,7 @@ def tiny(folder: Path) -> None:
                 num_attention_heads=2,
                 target_vocab_size=len(t5_tokenizer),
             ),
-            transformer=parts.redraw_zeros(transformer),
+            transformer=parts.cosmos(rope_scale=(1.0, 4.0, 4.0), extra_pos_embed_type=None),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         )
     pipeline.save_pretrained(str(folder), overwrite_modular_index=True)
@@ -69,13 +58,7 @@ FAMILY = Family(
     denoiser_class="CosmosTransformer3DModel",
     pipeline_class="AnimaModularPipeline",
     noise=Flow(time=sigma_as_is),
-    targets=Targets(
-        self_attention=r"transformer_blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)",
-        io=r"patch_embed\.proj|proj_out",
-        time=r"time_embed\.t_embedder\.linear_[12]",
-        forbidden=r"transformer_blocks\.\d+\.attn2\..+|(crossattn|img_context)_proj\..+",
-        standard=r"transformer_blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
-    ),
+    targets=TARGETS,
     expects={  # as for Cosmos Predict2, text to image, from which it was trained
         "in_channels": (16,),
         "extra_pos_embed_type": (None,),

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slider_hooks import Components, Conditioning, Diffusion, Family, Flavour, LoadRequest, Targets, UserError, hookimpl
-from slider_plugin.common.cosmos import CROSS_ATTENTION, SELF_ATTENTION, TIME, NoChecks
+from slider_hooks import Components, Conditioning, Diffusion, Family, Flavour, LoadRequest, UserError, hookimpl
+from slider_plugin.common.cosmos import TARGETS, NoChecks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,22 +46,12 @@ def told(r_B: Tensor) -> Tensor:
 
 def tiny(folder: Path) -> None:
     """Write a random pipeline of real classes: 4x4 latents in two latent frames, 8 tokens."""
-    from diffusers import AutoencoderKLCosmos, CosmosTextToWorldPipeline, CosmosTransformer3DModel, EDMEulerScheduler
+    from diffusers import AutoencoderKLCosmos, CosmosTextToWorldPipeline, EDMEulerScheduler
 
     from slider_plugin.testing import tiny as parts
 
     with parts.seeded(0):
         text_encoder, tokenizer = parts.t5(hidden_size=16)
-        transformer = CosmosTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=12,
-            num_layers=2,
-            mlp_ratio=2.0,
-            text_embed_dim=16,
-            adaln_lora_dim=4,
-            max_size=(8, 16, 16),
-            concat_padding_mask=False,  # would need torchvision
-        )
         CosmosTextToWorldPipeline(
             vae=AutoencoderKLCosmos(
                 encoder_block_out_channels=(8, 8, 8, 8),
@@ -72,7 +62,7 @@ def tiny(folder: Path) -> None:
             ),
             text_encoder=text_encoder,
             tokenizer=tokenizer,
-            transformer=parts.redraw_zeros(transformer),
+            transformer=parts.cosmos(max_size=(8, 16, 16)),
             scheduler=EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=DATA),
             safety_checker=NoChecks(),
         ).save_pretrained(folder)
@@ -88,13 +78,7 @@ FAMILY = Family(
     load_kwargs={"safety_checker": NoChecks()},
     call_kwargs={"fps": FPS},
     noise=Diffusion(prediction="v_prediction", sign=-1, alpha_bar=alpha_bar, time=told),
-    targets=Targets(
-        self_attention=SELF_ATTENTION,
-        io=r"patch_embed\.proj|proj_out",
-        time=TIME,
-        forbidden=CROSS_ATTENTION,
-        standard=r"transformer_blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
-    ),
+    targets=TARGETS,
     expects={
         "in_channels": (16,),  # video-to-world models have 17: noise and the mask of given frames
         "extra_pos_embed_type": ("learnable",),  # None is Cosmos Predict2

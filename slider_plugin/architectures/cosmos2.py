@@ -7,12 +7,13 @@ our noisy latents at `sigma = s / (1 + s)`: it is told this sigma, and what come
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slider_hooks import Components, Conditioning, Family, Flavour, Flow, LoadRequest, Targets, hookimpl, sigma_as_is
-from slider_plugin.common.cosmos import CROSS_ATTENTION, SELF_ATTENTION, TIME, NoChecks
+from slider_hooks import Components, Conditioning, Family, Flavour, Flow, LoadRequest, hookimpl, sigma_as_is
+from slider_plugin.common.cosmos import TARGETS, NoChecks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +26,6 @@ def tiny(folder: Path) -> None:
     from diffusers import (
         AutoencoderKLWan,
         Cosmos2TextToImagePipeline,
-        CosmosTransformer3DModel,
         FlowMatchEulerDiscreteScheduler,
     )
 
@@ -33,22 +33,11 @@ def tiny(folder: Path) -> None:
 
     with parts.seeded(0):
         text_encoder, tokenizer = parts.t5(hidden_size=16)
-        transformer = CosmosTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=12,
-            num_layers=2,
-            mlp_ratio=2.0,
-            text_embed_dim=16,
-            adaln_lora_dim=4,
-            rope_scale=(1.0, 4.0, 4.0),
-            concat_padding_mask=False,  # would need torchvision
-            extra_pos_embed_type=None,
-        )
         Cosmos2TextToImagePipeline(
             vae=AutoencoderKLWan(base_dim=4, num_res_blocks=1),
             text_encoder=text_encoder,
             tokenizer=tokenizer,
-            transformer=parts.redraw_zeros(transformer),
+            transformer=parts.cosmos(rope_scale=(1.0, 4.0, 4.0), extra_pos_embed_type=None),
             scheduler=FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True),
             safety_checker=NoChecks(),
         ).save_pretrained(folder)
@@ -62,14 +51,7 @@ FAMILY = Family(
     pipeline_class="Cosmos2TextToImagePipeline",
     load_kwargs={"safety_checker": NoChecks()},
     noise=Flow(time=sigma_as_is),
-    targets=Targets(
-        self_attention=SELF_ATTENTION,
-        io=r"patch_embed\.proj|proj_out",
-        time=TIME,
-        forbidden=CROSS_ATTENTION,
-        standard=r"transformer_blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
-        controlnet=r"control_blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)",
-    ),
+    targets=dataclasses.replace(TARGETS, controlnet=r"control_blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)"),
     controlnet_class="CosmosControlNetModel",
     expects={
         "in_channels": (16,),  # video models have 17: noise and the mask of given frames

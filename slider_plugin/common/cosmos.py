@@ -10,15 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from slider_hooks import Components, Family, LoadRequest, UserError
+from slider_hooks import Components, Family, LoadRequest, Targets, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-SELF_ATTENTION = r"transformer_blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)"
-TIME = r"time_embed\.t_embedder\.linear_[12]"
-CROSS_ATTENTION = r"transformer_blocks\.\d+\.attn2\..+|(crossattn|img_context)_proj\..+"
+TARGETS = Targets(
+    self_attention=r"transformer_blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)",
+    io=r"patch_embed\.proj|proj_out",
+    time=r"time_embed\.t_embedder\.linear_[12]",
+    forbidden=r"transformer_blocks\.\d+\.attn2\..+|(crossattn|img_context)_proj\..+",
+    standard=r"transformer_blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
+)
 
 
 class NoChecks:

@@ -8,7 +8,14 @@ from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLHunyuanVideo, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLHunyuanVideo,
+    CosmosTransformer3DModel,
+    DDIMScheduler,
+    UNet2DConditionModel,
+)
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -116,6 +123,20 @@ def sdxl_unet(**changes: Any) -> UNet2DConditionModel:
         "use_linear_projection": True,
     }
     return unet(**sizes | changes)
+
+
+def cosmos(**changes: Any) -> CosmosTransformer3DModel:
+    """The denoiser of Cosmos and Anima, of 16 channels and text of 16 features, without the mask that needs torchvision."""
+    sizes = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "num_layers": 2,
+        "mlp_ratio": 2.0,
+        "text_embed_dim": 16,
+        "adaln_lora_dim": 4,
+        "concat_padding_mask": False,
+    }
+    return redraw_zeros(CosmosTransformer3DModel(**sizes | changes))
 
 
 def ddim(**changes: Any) -> DDIMScheduler:
