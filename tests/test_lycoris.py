@@ -186,6 +186,15 @@ def test_every_route_mirrors(route: str, algo: str, tiny_folders: Folders) -> No
     assert_mirrors(subject, algo, {"target_module": [], "target_name": [f"(?:{expression})$"]})
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("algo", ["lokr", "full"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ROUTES])
+def test_every_other_family_mirrors(family: str, algo: str, tiny_folders: Folders) -> None:
+    subject = subject_of(family, tiny_folders)
+    expression = subject.family.facts.targets.slider()
+    assert_mirrors(subject, algo, {"target_module": [], "target_name": [f"(?:{expression})$"]})
+
+
 def assert_mirrors(subject: Subject, algo: str, preset: dict[str, Any]) -> None:
     latents, text = subject.latents(2), subject.conditioning(PROMPTS)
     with torch.no_grad():

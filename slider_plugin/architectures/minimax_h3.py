@@ -100,6 +100,7 @@ FAMILY = Family(
         joint_attention=r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)",
         io=r"proj_in|proj_out",
         time=r"time_embedder\.linear_[12]",
+        weight_read=r"time_embedder\.linear_[12]|proj_in|proj_out",
         forbidden=r"context_embedder|token_refiner\..+|audio_proj_(in|out)",
         standard=r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)",
     ),
