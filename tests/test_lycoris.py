@@ -247,6 +247,23 @@ def test_an_algorithm_that_does_not_mirror_is_found_by_measuring(
         LycorisAdapter(Plugins.discover().facts("sd1"), subject_of("sd1", tiny_folders).denoiser, config())
 
 
+def test_dropout_is_on_in_training_and_off_in_drawing(tiny_folders: Folders) -> None:
+    """Also after a frozen prediction in the middle of a step, which is made without gradients."""
+    subject = subject_of("sd1", tiny_folders)
+    adapter = trained(subject, config("lora", module_dropout=0.5))
+    latents, text = subject.latents(1), subject.conditioning()
+
+    def answers() -> list[torch.Tensor]:
+        return [subject.predict(latents, text).detach() for _ in range(3)]
+
+    with adapter.scaled(1.0):
+        with torch.no_grad(), adapter.scaled(1.0):
+            drawn = answers()
+        learnt = answers()
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[1], drawn[2])
+    assert not (torch.equal(learnt[0], learnt[1]) and torch.equal(learnt[1], learnt[2]))
+
+
 def test_the_multiplier_is_a_float_and_kept(tiny_folders: Folders) -> None:
     latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     found = []

@@ -72,13 +72,14 @@ class LycorisAdapter:
 
     @contextmanager
     def scaled(self, scale: float) -> Iterator[None]:
-        """Run the network at `scale` inside, and at what it was before outside. Dropout is off where gradients are."""
-        before = self.scale
+        """Run the network at `scale` inside, and at what it was before outside. Dropout is on only where gradients are."""
+        before, training = self.scale, self._network.training
         self._network.train(torch.is_grad_enabled())
         self._set(scale)
         try:
             yield
         finally:
+            self._network.train(training)
             self._set(before)
 
     def _set(self, scale: float) -> None:
