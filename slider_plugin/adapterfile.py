@@ -38,18 +38,10 @@ def read_adapter(path: Path, prefix: str | None = None) -> tuple[dict[str, dict[
     Raises:
         UserError: the file cannot be read or is not such a file; the message names it.
     """
-    _refuse_pickle(path)
-    data = _read_bytes(path)
-    header, problem = read_header(data)
-    if problem:
-        raise UserError(f"{path}: not a safetensors file ({problem})")
-    metadata: dict[str, str] = header.pop("__metadata__", {})
+    data, header, metadata = _opened(path)
     shapes = _adapter_shapes(path, header, prefix)
     _check_alpha(path, metadata)
-    try:
-        tensors = safetensors.torch.load(data)
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a safetensors file ({error})") from error
+    tensors = _loaded(path, data)
     state: dict[str, dict[str, Tensor]] = {}
     for module, keys in shapes.items():
         state[module] = {twin: _finite_in(path, tensors[key], key) for twin, key in keys.items()}
@@ -58,16 +50,26 @@ def read_adapter(path: Path, prefix: str | None = None) -> tuple[dict[str, dict[
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a safetensors file by key, and its metadata, whoever wrote it. Raises UserError as `read_adapter`."""
+    data, _, metadata = _opened(path)
+    return {key: _finite_in(path, tensor, key) for key, tensor in _loaded(path, data).items()}, metadata
+
+
+def _opened(path: Path) -> tuple[bytes, dict[str, Any], dict[str, str]]:
+    """The bytes of a safetensors file, its header without the metadata, and these."""
     _refuse_pickle(path)
     data = _read_bytes(path)
     header, problem = read_header(data)
     if problem:
         raise UserError(f"{path}: not a safetensors file ({problem})")
+    return data, header, header.pop("__metadata__", {})
+
+
+def _loaded(path: Path, data: bytes) -> dict[str, Tensor]:
     try:
-        tensors = safetensors.torch.load(data)
+        tensors: dict[str, Tensor] = safetensors.torch.load(data)
     except SafetensorError as error:
         raise UserError(f"{path}: not a safetensors file ({error})") from error
-    return {key: _finite_in(path, tensor, key) for key, tensor in tensors.items()}, header.pop("__metadata__", {})
+    return tensors
 
 
 def _refuse_pickle(path: Path) -> None:

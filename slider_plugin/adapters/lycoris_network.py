@@ -318,7 +318,7 @@ def _input_shape(lora: Any) -> tuple[int, ...]:
 
 def _share(name: str, multiplier: float) -> float:
     """What one tensor of a file is multiplied by so that its layer's change is multiplied by `multiplier`."""
-    first = ("lora_up.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a", "diff", "diff_b", "a2.weight", "b2.weight", "oft_diag")
+    first = ("lora_up.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a", "diff", "diff_b", "a2.weight", "b2.weight")
     part = name.split(".", 1)[1]
     return multiplier if part in first or part == "weight" else 1.0
 
