@@ -40,7 +40,8 @@ def gap(subject: Subject) -> float:
     ours = first_answer(real(subject.denoiser, *own[0], **own[1]))[0]
     rows: list[Tensor] = []
     for call in calls:
-        arguments, named = _with_latents(call, _named(own, NOISY, place=0))
+        ours_there = _beside_theirs(_named(own, NOISY, place=0), _named(call, NOISY, place=0), noisy)
+        arguments, named = _with_latents(call, ours_there)
         rows += list(first_answer(real(subject.denoiser, *arguments, **named)))
     fitting = [row for row in rows if row.shape == ours.shape]
     assert fitting, f"predict's answer is {tuple(ours.shape)}, the pipeline's {tuple(rows[0].shape)}"
@@ -93,6 +94,15 @@ def _calls_of(subject: Subject, work: Callable[[], object]) -> list[Call]:
 def _named(call: Call, names: tuple[str, ...], place: int) -> Any:
     arguments, named = call
     return arguments[place] if len(arguments) > place else named[known_name(named, names)]
+
+
+def _beside_theirs(ours: Any, theirs: Any, noisy: Tensor) -> Any:
+    """Our noise with their further channels, where a model sees more than noise: a mask, a first frame (Wan image to video)."""
+    further = isinstance(theirs, Tensor) and theirs.ndim == noisy.ndim and theirs.shape[1] > noisy.shape[1]
+    if not further or ours.shape[1:] != theirs.shape[1:]:
+        return ours
+    channels = noisy.shape[1]
+    return torch.cat([ours[:1, :channels], theirs[:1, channels:].to(ours)], dim=1)
 
 
 def _with_latents(call: Call, latents: Any) -> Call:
