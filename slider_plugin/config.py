@@ -110,6 +110,9 @@ class BucketConfig(_Strict):
     minimum_aspect_ratio: Positive | None = Field(None, description="width by height; outside images are left out")
     maximum_aspect_ratio: Positive | None = Field(None, description="width by height; outside images are left out")
     max_num_samples: Count | None = Field(None, description="use a fixed subset of that many images")
+    conditioning_data_dir: Path | None = Field(
+        None, description="folder of images by the same names and of the same sizes, which a ControlNet is shown"
+    )
     disabled: bool = Field(False, description="leave this bucket out")
 
 
@@ -181,6 +184,16 @@ class RunConfig(_Strict):
     assistant_lora_strength: Number = Field(1.0, description="strength of the assistant in training")
     assistant_lora_inference_strength: Number = Field(0.0, description="strength of the assistant in validation; 0 is off")
     disable_assistant_lora: bool = Field(False, description="train without the assistant that is named")
+
+    controlnet: bool = Field(False, description="train the slider on the family's ControlNet instead of the denoiser")
+    controlnet_model_name_or_path: str | None = Field(
+        None, description="folder or hub id of a ControlNet; without controlnet it is frozen and holds the structure"
+    )
+    controlnet_conditioning_scale: Number = Field(1.0, description="what the ControlNet's residuals are multiplied by")
+    controlnet_zero_layers: Literal["train", "refuse"] = Field(
+        "train",
+        description="of a fresh ControlNet, which pass no gradient: give them the adapter, too, or refuse it",
+    )
 
     # --- data
     data_backend_config: Path | None = Field(None, description="dataloader JSON: the list of buckets")
@@ -257,6 +270,9 @@ class RunConfig(_Strict):
         None, description="frames of a video that is drawn; None is that of the buckets"
     )
     validation_image: Path | None = Field(None, description="the image that an image-to-video model begins its videos with")
+    validation_control_image: Path | None = Field(
+        None, description="the image that a ControlNet is shown in validation; None is the first one of the first bucket"
+    )
     validation_seed: Seed | None = Field(None, description="None is the run's seed")
     num_validation_images: Count = Field(1, description="seeds per prompt")
     validation_disable: bool = Field(False, description="draw nothing")
@@ -266,6 +282,11 @@ class RunConfig(_Strict):
     family_options: dict[str, Any] = Field(
         default_factory=dict, description="values of the family's own options, filled from its keys"
     )
+
+    @property
+    def has_controlnet(self) -> bool:
+        """Whether a ControlNet takes part, trained or frozen."""
+        return self.controlnet or self.controlnet_model_name_or_path is not None
 
     def target_request(self) -> TargetRequest:
         """What a LoRA is to be attached to."""

@@ -34,6 +34,7 @@ from slider_plugin.known_keys import (
     Known,
 )
 from slider_plugin.lycoris_config import SWITCHED_OFF, LycorisConfig, LycorisPreset, problems_of
+from slider_plugin.paired_data import joined
 from slider_plugin.wording import NOT_FLAGS, is_branch, kind_of, plain_words, shown
 
 INHERITED = (
@@ -318,6 +319,7 @@ class _Reader:
         if not isinstance(entries, list):
             self.problems.append(f"{name}: it must hold a list of buckets, not {kind_of(entries)}")
             return []
+        entries = joined(entries, name, self.problems)
         buckets = [self._bucket(entry, number, name, base, values) for number, entry in enumerate(entries, start=1)]
         return [bucket for bucket in buckets if bucket is not None]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from slider_hooks import (
@@ -21,10 +21,16 @@ from slider_hooks import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""The standard targets of a ControlNet, by suffix."""
+
 
 @hookimpl
-def resolve_lora_targets(family: Family, request: TargetRequest) -> ResolvedTargets:
-    """Explicit targets first; for a slider the family's expressions, else the documented list; without one `standard`."""
+def resolve_lora_targets(family: Family, controlnet: Any, request: TargetRequest) -> ResolvedTargets:
+    """Explicit targets first; for a slider the family's expressions, else the documented list; without one `standard`.
+
+    On a ControlNet the slider targets are its own, and the standard ones all of its attention.
+    """
     from slider_plugin.targets import DOCUMENTED, suffix_expression
 
     targets = family.targets
@@ -32,6 +38,9 @@ def resolve_lora_targets(family: Family, request: TargetRequest) -> ResolvedTarg
         explicit = request.explicit
         expression = explicit if isinstance(explicit, str) else suffix_expression(explicit)
         return ResolvedTargets(expression=expression, source="explicit")
+    if controlnet is not None:
+        own = targets.controlnet if request.slider else suffix_expression(ATTENTION)
+        return ResolvedTargets(expression=own, source="slider" if request.slider else "standard")
     if not request.slider:
         return ResolvedTargets(expression=targets.standard, source="standard")
     if targets.slider(request.include_joint):
@@ -95,6 +104,28 @@ def predict(components: Components, noisy: Tensor, time: Tensor, conditioning: S
     embeds_BTD = torch.stack([c["prompt_embeds"] for c in conditioning])
     output: Tensor = components.denoiser(noisy, time, encoder_hidden_states=embeds_BTD, return_dict=False)[0]
     return output
+
+
+@hookimpl
+def load_controlnet(family: Family, components: Components, model: str | None) -> Any:
+    """A diffusers ControlNet; a fresh one copies the denoiser's first blocks. See `slider_plugin.controlnets`."""
+    from slider_plugin.controlnets import fresh_from_transformer, load_trained
+
+    return load_trained(family, components, model) if model else fresh_from_transformer(family, components)
+
+
+@hookimpl
+def encode_control(latents: Tensor) -> Tensor:
+    """The conditioning images as latents."""
+    return latents
+
+
+@hookimpl
+def control(components: Components, shown: Tensor, strength: float, call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """One sequence of residuals, for the blocks one after the other."""
+    from slider_plugin.control import call_controlnet
+
+    return {"controlnet_block_samples": call_controlnet(components, shown, strength, call)[0]}
 
 
 @hookimpl

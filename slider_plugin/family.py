@@ -29,6 +29,7 @@ from slider_hooks import (
     specs,
 )
 from slider_plugin import console
+from slider_plugin.control import steered
 from slider_plugin.errors import PluginError, UserError
 from slider_plugin.lint import IMPL
 
@@ -163,8 +164,26 @@ class LoadedFamily:
         answer = self._call("condition_on_images", components=components, images=images)
         return self._one_each("condition_on_images", answer, images.shape[0], "images")
 
+    def load_controlnet(self, components: Components, model: str | None) -> Module:
+        controlnet: Module = self._call("load_controlnet", components=components, model=model)
+        if not callable(getattr(controlnet, "forward", None)):
+            self._refuse("load_controlnet", f"gave {_short(controlnet)}, which is no module")
+        return controlnet
+
+    def encode_control(self, components: Components, images: Tensor, latents: Tensor) -> Tensor:
+        shown: Tensor = self._call("encode_control", components=components, images=images, latents=latents)
+        if (getattr(shown, "shape", None) or (None,))[0] != images.shape[0]:
+            self._refuse("encode_control", f"gave {_short(shown)} for {images.shape[0]} images")
+        return shown
+
+    def control(self, components: Components, shown: Tensor, strength: float, call: Mapping[str, Any]) -> Mapping[str, Any]:
+        answer = self._call("control", components=components, shown=shown, strength=strength, call=call)
+        residuals: Mapping[str, Any] = self._expect("control", answer, Mapping)
+        return residuals
+
     def predict(self, components: Components, noisy: Tensor, time: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
-        output: Tensor = self._call("predict", components=components, noisy=noisy, time=time, conditioning=conditioning)
+        with steered(components, conditioning) as rest:  # by the ControlNet, if there is one
+            output: Tensor = self._call("predict", components=components, noisy=noisy, time=time, conditioning=rest)
         if getattr(output, "shape", None) != noisy.shape:
             self._refuse("predict", f"gave {_short(output)} for noisy latents of shape {tuple(noisy.shape)}")
         return output

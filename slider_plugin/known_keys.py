@@ -94,8 +94,6 @@ CONFIG_KEYS: Mapping[str, Known] = {
     "pretrained_vae_model_name_or_path": _refused(None, _WEIGHTS),
     "pretrained_transformer_model_name_or_path": _refused(None, _WEIGHTS),
     "pretrained_unet_model_name_or_path": _refused(None, _WEIGHTS),
-    "controlnet": _refused(False, "ControlNets are not trained here; take it out", False),
-    "controlnet_model_name_or_path": _refused(None, "ControlNets are not trained here; take it out"),
     "train_text_encoder": _refused(False, "a slider leaves the text encoder alone; take it out", False),
     "base_model_precision": _refused("no_change", _QUANT, "no_change", "no"),
     "text_encoder_1_precision": _refused("no_change", _QUANT, "no_change"),
@@ -214,9 +212,7 @@ ENTRY_KEYS: Mapping[str, Known] = {
     "end_step": _refused(None, _WINDOW, 0),
     "disable_after_epoch_step": _refused(None, _WINDOW, 0),
     "timestep_sampling_offset": _refused(0, _TIMESTEPS, 0),
-    "conditioning_data": _refused(None, _PAIRED, []),
-    "conditioning": _refused(None, _PAIRED, []),
-    "conditioning_type": _refused(None, _PAIRED),
+    "conditioning": _refused(None, "conditioning images are not made here; put them in a folder and name it", []),
     "source_dataset_id": _refused(None, _PAIRED),
     "video": _refused(None, "write num_frames and fps beside it instead", {}),
     "audio": _refused(None, "write seconds beside it instead", {}),
@@ -246,7 +242,7 @@ ENTRY_KEYS: Mapping[str, Known] = {
 CACHES = ("text_embeds", "image_embeds", "conditioning_image_embeds", "distillation_cache")
 """Kinds of entries that say only where something is cached."""
 
-FOREIGN_DATA = ("conditioning", "eval", "caption")
+FOREIGN_DATA = ("eval", "caption")
 """Kinds of entries whose data is not trained here."""
 
 REGULARISATION = ("is_regularisation_data", "is_regularization_data")

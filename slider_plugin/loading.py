@@ -74,8 +74,13 @@ def pipeline_class_of(folder: Path) -> Any | None:
 
 
 def denoiser_class_of(family: Family) -> Any | None:
-    """The class of the denoiser, from diffusers or from `package.module:Class`; None if diffusers has no such class."""
-    module, _, name = family.denoiser_class.rpartition(":")
+    """The class of the denoiser; None if diffusers has no such class."""
+    return class_of(family.denoiser_class)
+
+
+def class_of(written: str) -> Any | None:
+    """A class of diffusers by its name, or any by `package.module:Class`; None if there is no such class."""
+    module, _, name = written.rpartition(":")
     return getattr(importlib.import_module(module or "diffusers"), name, None)
 
 
@@ -167,3 +172,10 @@ def posterior_mode(encoded: Any) -> Any:
     if hasattr(encoded, "latent_dist"):
         return encoded.latent_dist.mode()
     return encoded.latents if hasattr(encoded, "latents") else encoded.latent
+
+
+def image_dtype(components: Components) -> Any:
+    """The `torch.dtype` of the images that `encode_images` gets: the autoencoder's."""
+    import torch
+
+    return getattr(getattr(components.pipeline, "vae", None), "dtype", None) or torch.float32

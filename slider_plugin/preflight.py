@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, TypeVar
 from slider_hooks import Family
 from slider_plugin.adapters.attach import check_start, plan_targets
 from slider_plugin.adapters.frozen import check_frozen
-from slider_plugin.config import RunConfig
+from slider_plugin.config import BucketConfig, RunConfig
+from slider_plugin.controlnets import check_controlnet
 from slider_plugin.data.buckets import Bucket, Buckets, open_buckets
+from slider_plugin.data.conditioning import first_conditioning_image
 from slider_plugin.data.images import check_image as check_image_file
 from slider_plugin.data.sampler import cycle_length
 from slider_plugin.errors import ConfigError, UserError
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+USE_ONE = "set controlnet, or name one in controlnet_model_name_or_path"
 EXPORTED = "slider.safetensors"
 """Name of the finished slider in `output_dir`."""
 
@@ -65,7 +68,10 @@ def preflight(config: RunConfig, family: LoadedFamily) -> Preflight:
     problems: list[str] = []
     model = _or_note(problems, lambda: model_of(config, family))
     denoiser = _or_note(problems, lambda: meta_denoiser(family, model)) if model else None
-    targets = _or_note(problems, lambda: plan_targets(config, family, denoiser)) if denoiser is not None else None
+    targets = None
+    if denoiser is not None and not config.controlnet:  # of a ControlNet only its weights tell which layers are zero
+        targets = _or_note(problems, lambda: plan_targets(config, family, denoiser))
+    problems.extend(controlnet_problems(config, family.facts))
     _or_note(problems, lambda: check_frozen(config, family.facts, denoiser))
     _or_note(problems, lambda: check_start(config, family, targets))
     opened = _or_note(problems, lambda: open_buckets(config, alignment(config)))
@@ -119,6 +125,35 @@ def foreign_data(config: RunConfig, family: Family) -> list[str]:
         for bucket in config.buckets
         if bucket.dataset_type not in makes and not bucket.disabled
     ]
+
+
+def controlnet_problems(config: RunConfig, family: Family) -> list[str]:
+    """What is wrong with the ControlNet of a run, or with conditioning images that no ControlNet is shown."""
+    if not config.has_controlnet:
+        idle = [b.id for b in config.buckets if b.conditioning_data_dir is not None and not b.disabled]
+        lines = [f"bucket {name!r}: it has conditioning images, and no ControlNet takes part; {USE_ONE}" for name in idle]
+        return lines + (
+            [f"validation_control_image: no ControlNet takes part; {USE_ONE}"] * bool(config.validation_control_image)
+        )
+    problems: list[str] = []
+    _or_note(problems, lambda: check_controlnet(family, config.controlnet_model_name_or_path))
+    if config.controlnet and config.lycoris is not None:
+        problems.append("controlnet: on a ControlNet a plain LoRA is trained; write lora_type standard")
+    if draws(config):
+        _or_note(problems, lambda: check_image_file(control_image(config), config.max_image_pixels))
+    return problems
+
+
+def control_image(config: RunConfig) -> Path:
+    """The image that the ControlNet is shown in validation. Raises UserError if there is none."""
+    found = config.validation_control_image or first_conditioning_image([b for b in config.buckets if _is_there(b)])
+    if found is None:
+        raise UserError("validation_control_image: the ControlNet is to be shown an image in validation; name a file")
+    return found
+
+
+def _is_there(bucket: BucketConfig) -> bool:
+    return bucket.conditioning_data_dir is not None and bucket.conditioning_data_dir.is_dir()
 
 
 def num_frames(config: RunConfig) -> int:

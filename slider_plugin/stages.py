@@ -14,20 +14,39 @@ from accelerate.utils import ProjectConfiguration
 from slider_hooks import Components, LoadRequest, PromptEntry, Sampler
 from slider_plugin import console
 from slider_plugin.adapterfile import read_tensors
-from slider_plugin.adapters.attach import new_adapter, plan_targets, start_from_file
+from slider_plugin.adapters.attach import (
+    CONTROLNET,
+    component_of,
+    new_adapter,
+    plan_on_controlnet,
+    plan_targets,
+    start_from_file,
+    trained_model,
+)
 from slider_plugin.adapters.base import Adapter
 from slider_plugin.adapters.frozen import attach_frozen, check_frozen, frozen_metadata, other_base
 from slider_plugin.config import RunConfig
 from slider_plugin.configfile import to_json
+from slider_plugin.control import Control, zero_layers
 from slider_plugin.data.encode import Encoded, encode_once
-from slider_plugin.errors import UserError
+from slider_plugin.errors import ConfigError, UserError
 from slider_plugin.export import slider_metadata
-from slider_plugin.files import write_json
-from slider_plugin.preflight import EXPORTED, Preflight, draws, image_file, model_of, num_frames
+from slider_plugin.files import folder_replacing, write_json
+from slider_plugin.preflight import (
+    EXPORTED,
+    Preflight,
+    control_image,
+    controlnet_problems,
+    draws,
+    image_file,
+    model_of,
+    num_frames,
+)
 from slider_plugin.targets import TargetPlan
 from slider_plugin.training.checkpoint import Position, find_checkpoint, load_checkpoint, save_checkpoint
 from slider_plugin.training.loop import StepReport, Trainer
 from slider_plugin.training.noise import noise_process
+from slider_plugin.training.seeds import derived_seed
 from slider_plugin.training.watch import Metrics, interruptible
 from slider_plugin.validation.render import DrawSettings, ScalableAdapter, check_image, render
 
@@ -82,28 +101,61 @@ def load_model(config: RunConfig, family: LoadedFamily, model: str, machine: Acc
     components.denoiser.requires_grad_(False).eval().to(machine.device)
     if hasattr(components.pipeline, "to"):
         components.pipeline.to(machine.device)
+    if config.has_controlnet:  # before any adapter is in the denoiser, as a fresh one copies its weights
+        add_controlnet(config, family, components)
     for line in attach_frozen(config, family.facts, components.denoiser):
         console.say(line)
     return components
 
 
+def add_controlnet(config: RunConfig, family: LoadedFamily, components: Components) -> None:
+    """Hang the configured ControlNet on the denoiser, frozen.
+
+    A fresh one is kept in the output folder: its first layers are drawn at random, and a slider on it needs the very same.
+    """
+    kept = config.output_dir / CONTROLNET
+    trained = config.controlnet_model_name_or_path or (str(kept) if kept.is_dir() else None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(config.seed, CONTROLNET))
+        components.controlnet = family.load_controlnet(components, trained)
+    if trained is None:
+        with folder_replacing(kept) as temporary:
+            components.controlnet.save_pretrained(temporary)
+        console.say(f"fresh ControlNet: {kept}")
+    if not config.controlnet and zero_layers(components.controlnet, components.denoiser):
+        raise UserError(
+            f"controlnet_model_name_or_path: {config.controlnet_model_name_or_path} is not trained: it has layers that are all "
+            "zero, and holds nothing; name a trained one, or set controlnet to train on it"
+        )
+    components.controlnet.requires_grad_(False).eval().to(components.denoiser.device)
+    components.control = Control(family, components, config.controlnet_conditioning_scale)
+    console.say("ControlNet: the slider is trained on it" if config.controlnet else "ControlNet: frozen, holds the structure")
+
+
 def _enable_checkpointing(components: Components, family: LoadedFamily) -> None:
-    enable = getattr(components.denoiser, "enable_gradient_checkpointing", None)
-    if enable is None:
-        raise UserError(f"gradient_checkpointing: the denoiser of {family.facts.name} cannot do it; set the key to false")
-    enable()
+    for model in (components.denoiser, components.controlnet):
+        enable = getattr(model, "enable_gradient_checkpointing", None)
+        if model is not None and enable is None:
+            raise UserError(f"gradient_checkpointing: the model of {family.facts.name} cannot do it; set the key to false")
+        if enable is not None:
+            enable()
 
 
 def find_targets(config: RunConfig, family: LoadedFamily, checked: Preflight, components: Components) -> TargetPlan:
     """Where the adapter attaches, found beforehand or on the loaded model."""
     plan = checked.targets
     if plan is None:
-        plan = plan_targets(config, family, components.denoiser)
+        on_controlnet = config.controlnet
+        plan = (plan_on_controlnet if on_controlnet else _plan_on_denoiser)(config, family, components)
         for line in plan.warnings:
             console.warn(line)
     kinds = ", ".join(f"{count} {kind}" for kind, count in plan.by_kind.items())
     console.say(f"{len(plan.modules)} {plan.source} target modules" + (f": {kinds}" if kinds else ""))
     return plan
+
+
+def _plan_on_denoiser(config: RunConfig, family: LoadedFamily, components: Components) -> TargetPlan:
+    return plan_targets(config, family, components.denoiser)
 
 
 def attach(
@@ -112,7 +164,7 @@ def attach(
     """Inject the trainable adapter."""
     adapter = new_adapter(config, family, components, targets)
     start_from_file(config, family, adapter)
-    components.denoiser.to(machine.device)
+    trained_model(config, components).to(machine.device)
     return adapter
 
 
@@ -279,6 +331,7 @@ def draw(
             negative_prompt=config.validation_negative_prompt,
             num_frames=num_frames(config),
             image=image_file(config),
+            control=None if components.control is None else str(control_image(config)),
             extra=family.facts.call_kwargs,
             batch_size=max(1, PIXELS_AT_ONCE // (size[0] * size[1])),
         ),
@@ -316,7 +369,7 @@ def export(
         extra=_extra(config, family),
     )
     path = config.output_dir / EXPORTED
-    report = adapter.export(path, family.facts.denoiser, metadata, torch.float32)
+    report = adapter.export(path, component_of(config, family), metadata, torch.float32)
     console.say(f"slider: {report.path} ({report.modules} modules, {report.size / 1e6:.1f} MB)")
     family.observe("exported", step=steps, path=path)
     return path
@@ -325,6 +378,14 @@ def export(
 def _extra(config: RunConfig, family: LoadedFamily) -> dict[str, str]:
     """Metadata beyond the numbers of a run: the family's own options, who answered each hook, what stood frozen beside it."""
     extra = {"slider.hooks": json.dumps(family.describe()["hooks"], sort_keys=True), **frozen_metadata(config)}
+    if config.has_controlnet:
+        extra["slider.controlnet"] = json.dumps(
+            {
+                "model": config.controlnet_model_name_or_path,
+                "trained": config.controlnet,
+                "scale": config.controlnet_conditioning_scale,
+            }
+        )
     if config.family_options:
         extra["slider.options"] = json.dumps(config.family_options, sort_keys=True)
     return extra
@@ -341,6 +402,11 @@ def check_validation(config: RunConfig, family: LoadedFamily, adapter_file: Path
         raise UserError(f"{adapter_file} is a slider of {made_by}, and model_family is {family.facts.name}")
     if not config.prompts:
         raise UserError("there is no prompt to draw: give validation_prompt or user_prompt_library")
+    problems = controlnet_problems(config, family.facts)
+    if config.controlnet and not config.controlnet_model_name_or_path and not (config.output_dir / CONTROLNET).is_dir():
+        problems.append("controlnet_model_name_or_path: name the ControlNet that the slider was trained on")
+    if problems:
+        raise ConfigError(problems)
     if difference := other_base(config, metadata):
         console.warn(f"{adapter_file.name} {difference}")
     check_frozen(config, family.facts, None)  # once the model is loaded, it is compared with that, too

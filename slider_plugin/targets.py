@@ -8,7 +8,7 @@ nothing in cross-attention or a text-only branch. Explicit targets and the fallb
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -93,10 +93,49 @@ def resolve_targets(
     return plan
 
 
-def match(family: Family, denoiser: Module, answer: ResolvedTargets, rank: int = 1) -> TargetPlan:
-    """Match one answer on the model, without judging it. Raises UserError for an expression that is none."""
+def resolve_on_controlnet(
+    family: LoadedFamily, denoiser: Module, controlnet: Module, request: TargetRequest, rank: int = 1, strict: bool = False
+) -> TargetPlan:
+    """The same for a ControlNet. What it shares with the denoiser is the denoiser's, and is left out.
+
+    Raises:
+        UserError: nothing matched, or a slider target reaches cross-attention or text; under `strict` any warning, too.
+    """
+    answer = family.resolve_lora_targets(denoiser, controlnet, request)
+    denoisers = {id(module) for module in denoiser.modules()}
+    shared = {name for name, module in adaptable_modules(controlnet).items() if id(module) in denoisers}
+    plan = match(family.facts, controlnet, answer, rank, without=shared)
+    if not plan.modules:
+        raise UserError(_nothing_matched(family.facts, controlnet, plan))
+    if plan.source == "slider" and plan.forbidden:
+        raise UserError(f"ControlNet targets of {family.facts.name} reach cross-attention or text: {listed(plan.forbidden)}")
+    if strict and plan.warnings:
+        raise UserError("targets, under --strict: " + "; ".join(plan.warnings))
+    return plan
+
+
+def with_layers(plan: TargetPlan, model: Module, layers: Collection[str], kind: str) -> TargetPlan:
+    """The plan with further modules, counted as a kind of their own; its expression names them, too."""
+    more = [name for name in layers if name not in plan.modules]
+    if not more:
+        return plan
+    adaptable = adaptable_modules(model)
+    modules = tuple(name for name in adaptable if name in {*plan.modules, *more})
+    return replace(
+        plan,
+        expression="|".join([plan.expression, *map(re.escape, more)]),
+        modules=modules,
+        parameters=sum(_rank_one_parameters(adaptable[name]) for name in modules),
+        by_kind={**plan.by_kind, kind: len(more)},
+    )
+
+
+def match(
+    family: Family, denoiser: Module, answer: ResolvedTargets, rank: int = 1, without: Collection[str] = ()
+) -> TargetPlan:
+    """Match one answer on the model, `without` some modules, and do not judge it. Raises UserError if it is no expression."""
     pattern = _compile(answer.expression, family)
-    adaptable = adaptable_modules(denoiser)
+    adaptable = {name: module for name, module in adaptable_modules(denoiser).items() if name not in without}
     names = tuple(n for n in adaptable if pattern.fullmatch(n)) if answer.expression else ()
     forbidden = tuple(n for n in names if family.targets.forbidden and re.fullmatch(family.targets.forbidden, n))
     by_kind = kinds_of(family.targets, names)

@@ -106,7 +106,7 @@ class Run:
 def told(site: Site, project: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
     """Train with a family that has these hooks; keyword arguments are keys of the configuration."""
 
-    def train(code: str = "", **keys: Any) -> Run:
+    def train(code: str = "", steered: bool = False, **keys: Any) -> Run:
         site.module("told_family.py", FAMILY + "".join(map(wrapper, specs.HOOKS)) + inspect.cleandoc(code))
         site.install("dist-told", {"told": "told_family"})
         monkeypatch.setenv("SLIDER_PLUGIN_ALLOW", ",".join(p.name.split("-")[0] for p in site.folder.glob("*.dist-info")))
@@ -116,11 +116,26 @@ def told(site: Site, project: Callable[..., Path], tmp_path: Path, monkeypatch: 
             "validation_num_inference_steps": 1, "validation_strengths": [], "validation_adapter_strength": 0.7,
         }  # fmt: skip
         path = project("sd1", neutral=True, **settings | keys)
+        if steered:
+            add_conditioning_images(tmp_path)
         run.train(read_config(path, (), Plugins.discover().facts)[0])
         plugin = sys.modules["told_family"]
         return Run([Call(*call) for call in plugin.CALLS], tmp_path / "out", plugin)
 
     return train
+
+
+def add_conditioning_images(project: Path) -> None:
+    """For each image of a project one that is black on the left and white on the right."""
+    image = Image.new("RGB", (40, 40))
+    image.paste((255, 255, 255), (20, 0, 40, 40))
+    entries = json.loads((project / "buckets.json").read_text())
+    for entry in entries:
+        entry["conditioning_data_dir"] = f"{entry['instance_data_dir']}-shown"
+        Path(entry["conditioning_data_dir"]).mkdir()
+        for file in Path(entry["instance_data_dir"]).glob("*.png"):
+            image.save(Path(entry["conditioning_data_dir"], file.name))
+    (project / "buckets.json").write_text(json.dumps(entries))
 
 
 def wrapper(hook: str) -> str:
@@ -135,11 +150,21 @@ def test_every_hook_has_a_test() -> None:
 
 def test_a_run_asks_every_hook_in_the_order_of_the_page_and_tells_each_the_facts(told: Callable[..., Run]) -> None:
     done = told()
-    page = (Path(__file__).parents[1] / "hooks" / "README.md").read_text(encoding="utf-8")
-    order = re.search(r"in this order: ((?:`\w+`[,.\s]+)+)", page)
-    assert order and re.findall(r"`(\w+)`", order[1]) == list(dict.fromkeys(call.hook for call in done.calls))
-    assert {call.hook for call in done.calls} == set(specs.HOOKS)
+    order, _ = orders_of_the_page()
+    assert order == list(dict.fromkeys(call.hook for call in done.calls))
     assert all(call.asked["family"] is done.plugin.FAMILY for call in done.calls)
+
+
+def test_a_run_with_a_controlnet_asks_every_hook(told: Callable[..., Run]) -> None:
+    done = told(CONTROLNET, steered=True, **STEERED)
+    _, order = orders_of_the_page()
+    assert order == list(dict.fromkeys(call.hook for call in done.calls))
+    assert set(order) == set(specs.HOOKS)
+
+
+def orders_of_the_page() -> list[list[str]]:
+    page = (Path(__file__).parents[1] / "hooks" / "README.md").read_text(encoding="utf-8")
+    return [re.findall(r"`(\w+)`", order) for order in re.findall(r"in this order: ((?:`\w+`[,.;\s]+)+)", page)]
 
 
 def test_hook_resolve_lora_targets(told: Callable[..., Run]) -> None:
@@ -294,6 +319,56 @@ def test_hook_condition_on_images(told: Callable[..., Run]) -> None:
     assert all({"light", "prompt_embeds"} <= set(c) for c in got), "beside what the prompt gave"
     assert {round(float(c["light"]), 5) for c in got} <= set(given)
     assert done.first("encode_images") < done.first("condition_on_images") < done.first("predict")
+
+
+CONTROLNET = """
+class Control(torch.nn.Module):
+    dtype = torch.float32
+
+    def forward(self, light):
+        return light
+
+@hookimpl
+def load_controlnet(model):
+    return Control()
+
+@hookimpl
+def encode_control(images):
+    return images[:, :, :, -1].mean((1, 2))
+
+@hookimpl
+def control(components, shown, strength, call):
+    middle = components.denoiser.config.block_out_channels[-1]
+    light = components.controlnet(shown)[:, None, None, None] * strength
+    return {"mid_block_additional_residual": light * torch.ones(1, middle, 1, 1)}
+"""
+STEERED = {"controlnet_model_name_or_path": "anyone/any", "controlnet_conditioning_scale": 0.25}
+
+
+def test_hook_load_controlnet(told: Callable[..., Run]) -> None:
+    done = told(CONTROLNET, steered=True, **STEERED)
+    call = done.one("load_controlnet")
+    assert call.asked["model"] == "anyone/any" and call.asked["components"] is done.one("load_components").answer
+    assert call.asked["components"].controlnet is call.answer
+
+
+def test_hook_encode_control(told: Callable[..., Run]) -> None:
+    done = told(CONTROLNET, steered=True, **STEERED)
+    calls = done.of("encode_control")
+    images = torch.cat([call.asked["images"] for call in calls])
+    assert images.shape == (11, 3, 32, 32), "ten of training, and one of the validation"
+    assert all(call.asked["latents"].shape == (len(call.asked["images"]), 4, 8, 8) for call in calls)
+    assert torch.equal(images[:, :, :, -1], torch.ones(11, 3, 32)) and not any(call.gradients for call in calls)
+
+
+def test_hook_control(told: Callable[..., Run]) -> None:
+    done = told(CONTROLNET, steered=True, **STEERED)
+    calls = done.of("control")
+    assert all(call.asked["strength"] == 0.25 for call in calls)
+    assert all(torch.equal(call.asked["shown"], torch.ones(len(call.asked["call"]["sample"]))) for call in calls)
+    predicted = len(done.of("predict"))
+    assert len(calls) == predicted + 2, "and two images of the validation"
+    assert {len(call.asked["shown"]) for call in calls[predicted:]} == {2}, "guidance calls with every sample twice"
 
 
 def test_hook_predict(told: Callable[..., Run]) -> None:

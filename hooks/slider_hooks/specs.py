@@ -214,6 +214,73 @@ def predict(
 
 
 @hookspec(firstresult=True)
+def load_controlnet(family: Family, components: Components, model: str | None) -> Module | None:
+    """Load a ControlNet for the loaded denoiser. Called once per run, where the user wants one; the host then freezes it.
+
+    Args:
+        family: the facts of this family.
+        components: the loaded model.
+        model: folder or hub id of a ControlNet; None for a fresh one, whose residuals are zero.
+
+    Returns:
+        The ControlNet. The default loads `family.controlnet_class` of diffusers, and makes a fresh one by its
+        `from_transformer`, which copies the denoiser's first blocks.
+
+    Example::
+
+        @hookimpl
+        def load_controlnet(components, model):
+            return MyControlNet.from_pretrained(model) if model else MyControlNet.copy_of(components.denoiser)
+    """
+
+
+@hookspec(firstresult=True)
+def encode_control(family: Family, components: Components, images: Tensor, latents: Tensor) -> Tensor | None:
+    """Encode conditioning images for the ControlNet. Called without gradients; the host keeps the results.
+
+    Args:
+        family: the facts of this family.
+        components: the loaded model, with its `controlnet`.
+        images: as `encode_images` gets them, `(B, 3, H, W)` in -1..1.
+        latents: what `encode_images` gave for them.
+
+    Returns:
+        What `control` is given, `(B, ...)`. The default is the latents.
+
+    Example::
+
+        @hookimpl
+        def encode_control(images):
+            return images / 2 + 0.5
+    """
+
+
+@hookspec(firstresult=True)
+def control(
+    family: Family, components: Components, shown: Tensor, strength: float, call: Mapping[str, Any]
+) -> Mapping[str, Any] | None:
+    """Call the ControlNet. Called before each call of the denoiser that is steered, in training and in validation.
+
+    Args:
+        family: the facts of this family.
+        components: the loaded model, with its `controlnet`.
+        shown: what `encode_control` gave, `(B, ...)`, one for each sample of the denoiser's call.
+        strength: what the residuals are multiplied by.
+        call: the arguments of the denoiser's call, by the names of its `forward`.
+
+    Returns:
+        Further arguments of the denoiser's call: the residuals. The default gives the ControlNet those arguments that it
+        takes by the same names, and its answer to the denoiser as `controlnet_block_samples`.
+
+    Example::
+
+        @hookimpl
+        def control(components, shown, strength, call):
+            return {"residuals": components.controlnet(call["noisy"], call["time"], shown) * strength}
+    """
+
+
+@hookspec(firstresult=True)
 def build_pipeline(family: Family, components: Components) -> Any | None:
     """Build what draws validation images around the (adapted) denoiser. Called once per validation.
 
@@ -266,6 +333,9 @@ HOOKS: tuple[str, ...] = (
     "encode_prompts",
     "encode_images",
     "condition_on_images",
+    "load_controlnet",
+    "encode_control",
+    "control",
     "predict",
     "build_pipeline",
 )

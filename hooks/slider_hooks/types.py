@@ -106,7 +106,8 @@ class Targets:
     leaves these alone."""
 
     controlnet: str = ""
-    """Slider targets of the family's ControlNet, where it has one (`Family.controlnet_class`)."""
+    """Slider targets of the family's ControlNet, where it has one (`Family.controlnet_class`). What it shares with the
+    denoiser is left out."""
 
     def by_kind(self, include_joint: bool = True) -> dict[str, str]:
         """The slider expressions that are stated, by kind: self, joint, proj, io, time."""
@@ -190,7 +191,7 @@ class Family:
     """Extra keyword arguments of the pipeline's `from_pretrained`."""
 
     controlnet_class: str = ""
-    """Class name of the family's ControlNet in diffusers; "" for none."""
+    """Class of the family's ControlNet: the diffusers name, or `package.module:Class`; "" for none."""
 
     call_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Extra keyword arguments of the pipeline's call when it draws."""
@@ -283,6 +284,12 @@ class Components:
 
     options: Mapping[str, Any] = field(default_factory=dict)
     """Values of the family's own options."""
+
+    controlnet: Any = None
+    """The ControlNet, where the run has one; set by the host with what `load_controlnet` gave."""
+
+    control: Any = None
+    """The host's own: what shows the ControlNet its images."""
 
     extras: dict[str, Any] = field(default_factory=dict)
     """Anything a family wants to keep."""

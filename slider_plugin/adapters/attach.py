@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slider_hooks import Components
 from slider_plugin.adapterfile import read_adapter, read_tensors
 from slider_plugin.adapters.base import Adapter
 from slider_plugin.adapters.peft_lora import LoraAdapter
 from slider_plugin.config import RunConfig
+from slider_plugin.control import zero_layers
 from slider_plugin.errors import UserError
 from slider_plugin.export import AdapterState
 from slider_plugin.lycoris_config import LycorisConfig
-from slider_plugin.targets import TargetPlan, resolve_targets
+from slider_plugin.targets import TargetPlan, listed, resolve_on_controlnet, resolve_targets, with_layers
 from slider_plugin.training.seeds import derived_seed
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
     from slider_plugin.adapters.lycoris_network import LycorisFile
     from slider_plugin.family import LoadedFamily
+
+CONTROLNET = "controlnet"
+"""The component that a slider on a ControlNet belongs to; diffusers reads it with `load_lora_adapter(file, prefix=...)`."""
 
 
 def plan_targets(config: RunConfig, family: LoadedFamily, denoiser: Module) -> TargetPlan:
@@ -40,13 +44,43 @@ def plan_targets(config: RunConfig, family: LoadedFamily, denoiser: Module) -> T
     return plan
 
 
+def plan_on_controlnet(config: RunConfig, family: LoadedFamily, components: Components) -> TargetPlan:
+    """Which modules of the ControlNet are wrapped; of a fresh one its zero layers, too, since no gradient passes them.
+
+    Raises:
+        UserError: none, or modules that a slider must leave alone; zero layers, where a trained ControlNet is demanded.
+    """
+    controlnet = components.controlnet
+    request = config.target_request()
+    plan = resolve_on_controlnet(family, components.denoiser, controlnet, request, config.lora_rank, config.strict)
+    zeros = zero_layers(controlnet, components.denoiser)
+    if not zeros:
+        return plan
+    if config.controlnet_zero_layers == "refuse":
+        raise UserError(
+            f"controlnet: {len(zeros)} layers of the ControlNet are zero ({listed(zeros)}), so it is not trained and passes "
+            "no gradient; name a trained one in controlnet_model_name_or_path, or set controlnet_zero_layers to train"
+        )
+    return with_layers(plan, controlnet, zeros, "zero")
+
+
+def trained_model(config: RunConfig, components: Components) -> Any:
+    """What the slider goes into: the denoiser, or the ControlNet."""
+    return components.controlnet if config.controlnet else components.denoiser
+
+
+def component_of(config: RunConfig, family: LoadedFamily) -> str:
+    """Its name, with which the keys of the slider's file begin."""
+    return CONTROLNET if config.controlnet else family.facts.denoiser
+
+
 def new_adapter(config: RunConfig, family: LoadedFamily, components: Components, targets: TargetPlan) -> Adapter:
     """Inject the adapter that is trained. Raises UserError if its algorithm does not mirror on one of the layers."""
     seed = derived_seed(config.seed, "adapter")
     if config.lycoris is None:
         alpha = config.lora_alpha or float(config.lora_rank)
         return LoraAdapter(
-            components.denoiser,
+            trained_model(config, components),
             targets.modules,
             rank=config.lora_rank,
             alpha=alpha,
@@ -95,7 +129,7 @@ def _read_start(file: Path, config: RunConfig, family: LoadedFamily) -> AdapterS
     if not file.is_file():
         raise UserError(f"init_lora: there is no file {file}")
     try:
-        state, metadata = read_adapter(file, family.facts.denoiser)
+        state, metadata = read_adapter(file, component_of(config, family))
     except UserError as error:
         raise UserError(f"init_lora: {error}") from error
     made_by = metadata.get("slider.family", family.facts.name)
@@ -116,8 +150,12 @@ def attach_file(adapter_file: Path, family: LoadedFamily, components: Components
 
         config = LycorisConfig.model_validate(json.loads(metadata[CONFIG])) if CONFIG in metadata else None
         return LycorisFile(components.denoiser, tensors, str(adapter_file), config)
-    state, _ = read_adapter(adapter_file, family.facts.denoiser)
-    known = dict(components.denoiser.named_modules())
+    on_controlnet = any(name.startswith(f"{CONTROLNET}.") for name in tensors)
+    if on_controlnet and components.controlnet is None:
+        raise UserError(f"{adapter_file} is a slider on a ControlNet; name that in controlnet_model_name_or_path")
+    model = components.controlnet if on_controlnet else components.denoiser
+    state, _ = read_adapter(adapter_file, CONTROLNET if on_controlnet else family.facts.denoiser)
+    known = dict(model.named_modules())
     foreign = [name for name in state if name not in known]
     if foreign:
         raise UserError(f"{adapter_file} does not fit this model: it has no module {foreign[0]} (and {len(foreign) - 1} more)")
@@ -125,6 +163,6 @@ def attach_file(adapter_file: Path, family: LoadedFamily, components: Components
     if len(ranks) > 1:
         raise UserError(f"{adapter_file} has modules of different ranks ({sorted(ranks)}); this version reads one rank")
     rank = ranks.pop()
-    adapter = LoraAdapter(components.denoiser, list(state), rank=rank, alpha=float(rank))
+    adapter = LoraAdapter(model, list(state), rank=rank, alpha=float(rank))
     adapter.load_folded(state, str(adapter_file))
     return adapter

@@ -7,7 +7,6 @@ our noisy latents at `sigma = s / (1 + s)`: it is told this sigma, and what come
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,8 +50,7 @@ FAMILY = Family(
     pipeline_class="Cosmos2TextToImagePipeline",
     load_kwargs={"safety_checker": NoChecks()},
     noise=Flow(time=sigma_as_is),
-    targets=dataclasses.replace(TARGETS, controlnet=r"control_blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)"),
-    controlnet_class="CosmosControlNetModel",
+    targets=TARGETS,  # diffusers' CosmosControlNetModel is one of Cosmos 2.5
     expects={
         "in_channels": (16,),  # video models have 17: noise and the mask of given frames
         "extra_pos_embed_type": (None,),  # "learnable" is family cosmos1, which is no flow model

@@ -5,9 +5,9 @@ Conventions: diffusers pipelines/flux/pipeline_flux.py:905-1000, examples/dreamb
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slider_hooks import (
     Components,
@@ -143,3 +143,42 @@ def predict(components: Components, noisy: Tensor, time: Tensor, conditioning: S
         return_dict=False,
     )[0]
     return unpack_2x2(tokens_BND, h, w)
+
+
+@hookimpl
+def load_controlnet(family: Family, components: Components, model: str | None) -> Any:
+    """A fresh one has the published numbers of blocks, 4 and 10, or all there are."""
+    from slider_plugin.controlnets import fresh_from_transformer, load_trained, refuse_config
+
+    if model:
+        controlnet = load_trained(family, components, model)
+        refuse_config(controlnet, {"num_mode": "it wants to be told a mode, and no key says which; use one of a single mode"})
+        return controlnet
+    own = components.denoiser.config
+    return fresh_from_transformer(
+        family,
+        components,
+        num_layers=min(4, own.num_layers),
+        num_single_layers=min(10, own.num_single_layers),
+        attention_head_dim=own.attention_head_dim,
+        num_attention_heads=own.num_attention_heads,
+    )
+
+
+@hookimpl
+def encode_control(components: Components, images: Tensor, latents: Tensor) -> Tensor:
+    """Tokens of latents; pixels for a ControlNet that brings the image down itself."""
+    from slider_plugin.common.packing import pack_2x2
+
+    return pack_2x2(latents) if components.controlnet.input_hint_block is None else images
+
+
+@hookimpl
+def control(components: Components, shown: Tensor, strength: float, call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Residuals of the double and of the single blocks. A ControlNet may be told the guidance where the model is not, too."""
+    from slider_plugin.control import call_controlnet
+
+    told = components.controlnet.config.guidance_embeds
+    guidance_B = call["guidance"] if call.get("guidance") is not None else call["timestep"].new_ones(len(call["timestep"]))
+    double, single = call_controlnet(components, shown, strength, call, guidance=guidance_B if told else None)
+    return {"controlnet_block_samples": double, "controlnet_single_block_samples": single}

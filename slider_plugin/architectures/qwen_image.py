@@ -6,7 +6,7 @@ pipelines/qwenimage/pipeline_qwenimage.py:588-744, examples/dreambooth/train_dre
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,3 +134,38 @@ def build_pipeline(components: Components) -> Any:
             return super().__call__(prompt, negative, guidance_scale, height, width, num_inference_steps, generator=generator)
 
     return WithGuidanceScale(**components.pipeline.components)
+
+
+@hookimpl
+def load_controlnet(family: Family, components: Components, model: str | None) -> Any:
+    """A fresh one has the published number of blocks, 5, or all there are."""
+    from slider_plugin.controlnets import fresh_from_transformer, load_trained, refuse_config
+
+    if model:
+        controlnet = load_trained(family, components, model)
+        refuse_config(controlnet, {"extra_condition_channels": "it is one for inpainting, which wants a mask, too"})
+        return controlnet
+    own = components.denoiser.config
+    return fresh_from_transformer(
+        family,
+        components,
+        num_layers=min(5, own.num_layers),
+        attention_head_dim=own.attention_head_dim,
+        num_attention_heads=own.num_attention_heads,
+    )
+
+
+@hookimpl
+def encode_control(latents: Tensor) -> Tensor:
+    """Tokens of latents."""
+    from slider_plugin.common.packing import pack_2x2
+
+    return pack_2x2(latents)
+
+
+@hookimpl
+def control(components: Components, shown: Tensor, strength: float, call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """One residual for some blocks each."""
+    from slider_plugin.control import call_controlnet
+
+    return {"controlnet_block_samples": call_controlnet(components, shown, strength, call)}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slider_hooks import Components, Conditioning, Family, Flavour, Flow, Targets, hookimpl
 
@@ -122,3 +122,20 @@ def predict(components: Components, noisy: Tensor, time: Tensor, conditioning: S
         return_dict=False,
     )[0]
     return output
+
+
+@hookimpl
+def load_controlnet(family: Family, components: Components, model: str | None) -> Any:
+    """A fresh one copies the first 7 blocks, the published number; the first block of the denoiser gets no residual."""
+    from diffusers import SanaControlNetModel
+
+    from slider_plugin.controlnets import in_dtype, load_trained
+
+    if model:
+        return load_trained(family, components, model)
+    transformer = components.denoiser
+    layers = min(7, transformer.config.num_layers - 1)
+    fresh = SanaControlNetModel.from_config(dict(transformer.config) | {"num_layers": layers})
+    for part in ("patch_embed", "time_embed", "caption_projection", "caption_norm", "transformer_blocks"):
+        getattr(fresh, part).load_state_dict(getattr(transformer, part).state_dict(), strict=part != "transformer_blocks")
+    return in_dtype(fresh, transformer.dtype)

@@ -8,7 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from slider_hooks import Diffusion, Family, Flavour
-from slider_plugin.common.unet import TARGETS
+from slider_plugin.common.unet import TARGETS, control, encode_control, load_controlnet
+
+__all__ = ["FAMILY", "control", "encode_control", "load_controlnet"]  # the ControlNet's hooks are those of every such UNet
 
 
 def tiny(folder: Path) -> None:

@@ -7,9 +7,9 @@ examples/dreambooth/train_dreambooth_lora_sd3.py:1775-1821.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slider_hooks import Components, Conditioning, Family, Flavour, Flow, Targets, hookimpl
 
@@ -127,3 +127,46 @@ def predict(components: Components, noisy: Tensor, time: Tensor, conditioning: S
         return_dict=False,
     )[0]
     return output
+
+
+@hookimpl
+def load_controlnet(family: Family, components: Components, model: str | None) -> Any:
+    """A fresh one copies the first half of the blocks."""
+    from diffusers import SD3ControlNetModel
+
+    from slider_plugin.controlnets import in_dtype, load_trained, refuse_config
+
+    if model:
+        controlnet = load_trained(family, components, model)
+        refuse_config(controlnet, {"extra_conditioning_channels": "it is one for inpainting, which wants a mask, too"})
+        if controlnet.pos_embed is None:  # of 3.5-large, whose latents the denoiser embeds first
+            refuse_config(controlnet, {"num_layers": "it has no embedding of its own; such ControlNets are not supported"})
+        return controlnet
+    transformer = components.denoiser  # its class's from_transformer would write into the transformer's frozen configuration
+    layers = max(1, transformer.config.num_layers // 2)
+    dual = tuple(layer for layer in transformer.config.dual_attention_layers if layer < layers)
+    config = dict(transformer.config) | {"num_layers": layers, "extra_conditioning_channels": 0, "dual_attention_layers": dual}
+    controlnet = SD3ControlNetModel.from_config(config)
+    for part in ("pos_embed", "time_text_embed", "context_embedder", "transformer_blocks"):
+        getattr(controlnet, part).load_state_dict(getattr(transformer, part).state_dict(), strict=part != "transformer_blocks")
+    return in_dtype(controlnet, transformer.dtype)
+
+
+@hookimpl
+def encode_control(components: Components, latents: Tensor) -> Tensor:
+    """Latents; without the shift for ControlNets that are told no pooled prompt (pipeline_..._3_controlnet.py:1057)."""
+    if not components.controlnet.config.force_zeros_for_pooled_projection:
+        return latents
+    vae = components.pipeline.vae.config
+    return latents + vae.shift_factor * vae.scaling_factor  # type: ignore[no-any-return]
+
+
+@hookimpl
+def control(components: Components, shown: Tensor, strength: float, call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """One residual for some blocks each."""
+    from slider_plugin.control import call_controlnet
+
+    pooled_BP = call["pooled_projections"]
+    zeros = components.controlnet.config.force_zeros_for_pooled_projection
+    told = {"pooled_projections": pooled_BP.new_zeros(pooled_BP.shape) if zeros else pooled_BP}
+    return {"block_controlnet_hidden_states": call_controlnet(components, shown, strength, call, **told)[0]}

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slider_hooks import Components, Conditioning, Diffusion, Family, Flavour, hookimpl
-from slider_plugin.common.unet import TARGETS
+from slider_plugin.common.unet import TARGETS, control, encode_control, load_controlnet
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+__all__ = ["FAMILY", "control", "encode_control", "load_controlnet"]  # the ControlNet's hooks are those of every such UNet
 
 
 def tiny(folder: Path) -> None:

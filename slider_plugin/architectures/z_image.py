@@ -6,11 +6,11 @@ diffusers pipelines/z_image/pipeline_z_image.py:510-568, examples/dreambooth/tra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from slider_hooks import Components, Conditioning, Family, Flavour, Flow, Targets, hookimpl, one_minus_sigma
+from slider_hooks import Components, Conditioning, Family, Flavour, Flow, Targets, UserError, hookimpl, one_minus_sigma
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,3 +93,35 @@ def predict(components: Components, noisy: Tensor, time: Tensor, conditioning: S
     embeds = [c["prompt_embeds"] for c in conditioning]
     output = components.denoiser(list(noisy.unsqueeze(2)), time, embeds, return_dict=False)[0]
     return torch.stack(list(output)).squeeze(2)
+
+
+@hookimpl
+def load_controlnet(family: Family, components: Components, model: str | None) -> Any:
+    """It shares the embedders and the refiners with the transformer, and with them the adapters in these."""
+    from slider_plugin.controlnets import load_trained
+
+    if not model:
+        raise UserError(
+            "controlnet: no source says how a fresh ControlNet of Z-Image is laid out; "
+            "give a trained one in controlnet_model_name_or_path"
+        )
+    controlnet = load_trained(family, components, model)
+    controlnet.gradient_checkpointing = False  # its class forgets to set what its forward reads (diffusers 0.42.1)
+    return type(controlnet).from_transformer(controlnet, components.denoiser)
+
+
+@hookimpl
+def encode_control(components: Components, latents: Tensor) -> Tensor:
+    """Latents of one frame `(B, C, 1, h, w)`, with zeros where version 2 has room for a mask and an image."""
+    from torch.nn.functional import pad
+
+    room = components.controlnet.config.control_in_dim - latents.shape[1]
+    return pad(latents.unsqueeze(2), (0, 0, 0, 0, 0, 0, 0, room))
+
+
+@hookimpl
+def control(components: Components, shown: Tensor, strength: float, call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Residuals by the number of the layer; the call has other names here (pipeline_z_image_controlnet.py:662)."""
+    shown = shown.to(components.controlnet.dtype)
+    residuals = components.controlnet(call["x"], call["t"], call["cap_feats"], list(shown), conditioning_scale=strength)
+    return {"controlnet_block_samples": residuals}

@@ -1,8 +1,17 @@
-"""What the UNets of Stable Diffusion 1 and 2, SDXL and Kolors have in common: their modules have the same names."""
+"""What the UNets of Stable Diffusion 1 and 2, SDXL and Kolors have in common: the names of their modules, their ControlNet.
+
+A family takes the hooks of the ControlNet over by importing them.
+"""
 
 from __future__ import annotations
 
-from slider_hooks import Targets
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from slider_hooks import Components, Family, Targets, hookimpl
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TARGETS = Targets(
     self_attention=r"(.*\.)?attn1\.(to_q|to_k|to_v|to_out\.0)",
@@ -17,3 +26,37 @@ TARGETS = Targets(
 
 In some upscalers `only_cross_attention` makes attn1 attend to text as well: a family states in `expects` that it does not.
 """
+
+
+HINT_CHANNELS = (16, 32, 96, 256)
+"""Of the published ControlNets' first layers, each of which but the first halves the image: to an eighth."""
+
+
+@hookimpl
+def load_controlnet(family: Family, components: Components, model: str | None) -> Any:
+    """A fresh one copies the encoder half of the UNet, and brings the image down to the size of the latents."""
+    from diffusers import ControlNetModel
+
+    from slider_plugin.controlnets import in_dtype, load_trained
+
+    if model:
+        return load_trained(family, components, model)
+    halvings = len(components.pipeline.vae.config.block_out_channels) - 1
+    unet = components.denoiser
+    fresh = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=HINT_CHANNELS[: halvings + 1])
+    return in_dtype(fresh, unet.dtype)
+
+
+@hookimpl
+def encode_control(images: Tensor) -> Tensor:
+    """Pixels in 0..1 (diffusers pipeline_controlnet.py: `control_image_processor` does not normalise)."""
+    return images / 2 + 0.5
+
+
+@hookimpl
+def control(components: Components, shown: Tensor, strength: float, call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Residuals of the encoder's levels, and one of the middle."""
+    from slider_plugin.control import call_controlnet
+
+    levels, middle = call_controlnet(components, shown, strength, call)
+    return {"down_block_additional_residuals": levels, "mid_block_additional_residual": middle}

@@ -17,6 +17,7 @@ from typing import TypeVar
 from slider_hooks import BucketInfo
 from slider_plugin.config import BucketConfig, RunConfig
 from slider_plugin.data.captions import CaptionError, caption_problems, captions_of
+from slider_plugin.data.conditioning import Twins, UnpairedError, conditioning_problems
 from slider_plugin.data.geometry import Placement, Size, geometry_problems
 from slider_plugin.data.images import ImageError
 from slider_plugin.data.media import KINDS, Kind, problems_of
@@ -41,6 +42,8 @@ class Item:
     captions: tuple[str, ...]
     size: Size
     placement: Placement
+    conditioning: Path | None = None
+    """The image of the same size that a ControlNet is shown with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +159,14 @@ class _Scan:
     items: list[Item] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     captionless: list[str] = field(default_factory=list)
+    unpaired: list[str] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
 
     def problems(self) -> list[str]:
-        lines = [*self.faults, *_shortened([] if self.skip_unreadable else self.unreadable), *_shortened(self.captionless)]
-        if not self.items and not self.captionless and (self.left_out or (self.unreadable and self.skip_unreadable)):
+        lines = [*self.faults, *_shortened([] if self.skip_unreadable else self.unreadable)]
+        lines += [*_shortened(self.captionless), *_shortened(self.unpaired)]
+        skipped = self.left_out or (self.unreadable and self.skip_unreadable)
+        if skipped and not (self.items or self.captionless or self.unpaired):
             lines.append(f"none of the {self.kind.noun} in {self.config.instance_data_dir} can be used: {self._reasons()}")
         return [f"bucket {self.config.id!r}: {line}" for line in lines]
 
@@ -185,15 +191,18 @@ class _Scan:
 
 def _scan(bucket: BucketConfig, config: RunConfig, alignment: int) -> _Scan:
     captions_wrong = caption_problems(bucket)
-    faults = problems_of(bucket)
+    faults = problems_of(bucket) + (conditioning_problems(bucket) if config.has_controlnet else [])
     scan = _Scan(bucket, config.skip_unreadable_images, faults + geometry_problems(bucket, alignment) + captions_wrong)
     if faults:
         return scan
+    twins = Twins(bucket) if config.has_controlnet else None
     for path in _candidates(bucket, scan.faults):
         if len(scan.items) == bucket.max_num_samples:
             break
         try:
-            _look_at(path, scan, config, alignment, captioned=not captions_wrong)
+            _look_at(path, scan, config, alignment, twins, captioned=not captions_wrong)
+        except UnpairedError as error:
+            scan.unpaired.append(str(error))
         except ImageError as error:
             scan.unreadable.append(str(error))
         except CaptionError as error:
@@ -201,14 +210,15 @@ def _scan(bucket: BucketConfig, config: RunConfig, alignment: int) -> _Scan:
     return scan
 
 
-def _look_at(path: Path, scan: _Scan, config: RunConfig, alignment: int, captioned: bool) -> None:
+def _look_at(path: Path, scan: _Scan, config: RunConfig, alignment: int, twins: Twins | None, captioned: bool) -> None:
     name = _name(path, scan.config)
     found = scan.kind.look(path, scan.config, config.max_image_pixels, alignment, config.seed, name)
     if found.placement is None:
         scan.left_out[found.left_out] += 1
         return
     captions = captions_of(path, scan.config) if captioned else ()
-    scan.items.append(Item(path, captions, found.size, found.placement))
+    conditioning = twins.of(path, found.size, config.max_image_pixels) if twins else None
+    scan.items.append(Item(path, captions, found.size, found.placement, conditioning))
 
 
 def _candidates(bucket: BucketConfig, faults: list[str]) -> list[Path]:

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from slider_hooks import BucketInfo, Components, Conditioning, Draw
 from slider_plugin.config import RunConfig
+from slider_plugin.control import SHOWN, encode_for_controlnet
 from slider_plugin.data.buckets import Bucket
 from slider_plugin.data.media import KINDS
 from slider_plugin.errors import UserError
+from slider_plugin.loading import image_dtype
 from slider_plugin.training.seeds import generator
 from slider_plugin.validation.samples import sampling_rate
 
@@ -123,7 +125,7 @@ def encode_once(
 def _encode_images(
     family: LoadedFamily, components: Components, buckets: Sequence[Bucket], max_pixels: int, device: torch.device
 ) -> Iterator[tuple[tuple[str, Path], Tensor, Conditioning]]:
-    dtype, frames = _image_dtype(components), "video" in family.facts.modalities
+    dtype, frames = image_dtype(components), "video" in family.facts.modalities
     for bucket in buckets:
         kind = KINDS[bucket.config.dataset_type]
         rate = sampling_rate(components.pipeline) if bucket.config.dataset_type == "audio" else 0
@@ -136,15 +138,14 @@ def _encode_images(
                     media_B = media_B.unsqueeze(2)  # an image is a video of one frame
                 latents_B = family.encode_images(components, media_B).float().cpu()
                 told_B = family.condition_on_images(components, media_B)
+                if components.control is not None:
+                    twins = [kind.load(i.conditioning or i.path, bucket.config, i.placement, max_pixels, rate) for i in items]
+                    shown_B = encode_for_controlnet(family, components, torch.stack(twins).to(device, dtype))
+                    told_B = [{**told, SHOWN: shown} for told, shown in zip(told_B, shown_B, strict=True)]
                 for item, latents, told in zip(items, latents_B, told_B, strict=True):
                     if not torch.isfinite(latents).all():
                         raise UserError(f"{item.path}: its latents are not finite; try mixed_precision no")
                     yield (bucket.name, item.path), latents.clone(), _kept(told)
-
-
-def _image_dtype(components: Components) -> torch.dtype:
-    vae = getattr(components.pipeline, "vae", None)
-    return getattr(vae, "dtype", None) or torch.float32
 
 
 def _encode_prompts(

@@ -70,10 +70,11 @@ def _sized(size: Size, bucket: BucketConfig, alignment: int, seed: int, name: st
 
 
 def _load_image(path: Path, bucket: BucketConfig, where: Placement, max_pixels: int, rate: int) -> Tensor:
-    return _pixels(place(images.load_image(path, max_pixels), where))
+    return pixels(place(images.load_image(path, max_pixels), where))
 
 
-def _pixels(image: object) -> Tensor:
+def pixels(image: object) -> Tensor:
+    """An RGB image as `(3, H, W)` float32 in -1..1."""
     import torch
 
     array_HWC = np.asarray(image, dtype=np.float32) / 127.5 - 1.0
@@ -98,7 +99,7 @@ def _look_at_video(path: Path, bucket: BucketConfig, max_pixels: int, alignment:
 def _load_video(path: Path, bucket: BucketConfig, where: Placement, max_pixels: int, rate: int) -> Tensor:
     import torch
 
-    return torch.stack([_pixels(place(f, where)) for f in video.load_clip(path, _clip(bucket), max_pixels)], dim=1)
+    return torch.stack([pixels(place(f, where)) for f in video.load_clip(path, _clip(bucket), max_pixels)], dim=1)
 
 
 # --- Sounds -----------------------------------------------------------------------------------------------------------

@@ -19,9 +19,12 @@ from PIL import Image, ImageOps
 
 from slider_hooks import Components, PromptEntry
 from slider_plugin.adapters.frozen import drawing_strengths
+from slider_plugin.control import encode_for_controlnet
 from slider_plugin.data.images import load_image
+from slider_plugin.data.media import pixels
 from slider_plugin.errors import UserError
 from slider_plugin.files import replacing, safe_name, write_json
+from slider_plugin.loading import image_dtype
 from slider_plugin.validation import strips
 from slider_plugin.validation.plan import Panel, Plan, Shot, plan_validation
 from slider_plugin.validation.samples import Sample, samples_of
@@ -57,6 +60,9 @@ class DrawSettings:
     num_frames: int = 1
     image: str | None = None
     """File of the image that videos begin with."""
+
+    control: str | None = None
+    """File of the image that the ControlNet is shown."""
 
     batch_size: int = 1
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -112,7 +118,7 @@ def render(
     files = _Files(place, plan)
     pipeline = family.build_pipeline(components)
     check_image(type(pipeline), settings.image)
-    with undisturbed(components, pipeline):
+    with undisturbed(components, pipeline), _steering(family, components, settings):
         for scale, shots in plan.by_scale():
             with adapter.scaled(scale):
                 _draw(pipeline, shots, settings, files)
@@ -120,6 +126,20 @@ def render(
 
 
 # --- Drawing ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _steering(family: Any, components: Components, settings: DrawSettings) -> Iterator[None]:
+    """Show the ControlNet, if there is one, its image."""
+    if settings.control is None:
+        yield
+        return
+    image_1CHW = pixels(_fitted(settings.control, settings.width, settings.height)).unsqueeze(0)
+    with torch.no_grad():
+        device = components.denoiser.device
+        shown = encode_for_controlnet(family, components, image_1CHW.to(device, image_dtype(components)))
+    with components.control.showing(shown):
+        yield
 
 
 @contextmanager
@@ -208,14 +228,14 @@ def _call(pipeline: Any, batch: Sequence[Shot], settings: DrawSettings) -> list[
     if settings.negative_prompt is not None:
         wanted["negative_prompt"] = [settings.negative_prompt] * len(batch)
     if settings.image is not None:
-        wanted["image"] = _first_frame(settings.image, settings.width, settings.height)
+        wanted["image"] = _fitted(settings.image, settings.width, settings.height)
     taken = call_arguments(pipeline, wanted | dict(settings.extra))
     prompts = [shot.entry.prompt for shot in batch]
     return samples_of(pipeline(prompt=prompts, generator=generators, **taken), pipeline, len(batch))
 
 
-def _first_frame(file: str, width: int, height: int) -> Image.Image:
-    """The image at the size of the video, cut in the middle where its aspect is another."""
+def _fitted(file: str, width: int, height: int) -> Image.Image:
+    """The image at the size of what is drawn, cut in the middle where its aspect is another."""
     return ImageOps.fit(load_image(Path(file), MOST_PIXELS), (width, height), Image.Resampling.LANCZOS)
 
 
