@@ -17,6 +17,7 @@ import torch
 
 from slider_hooks import TargetRequest
 from slider_plugin.adapters.peft_lora import LoraAdapter
+from slider_plugin.adapters.samples import Scale
 from slider_plugin.export import ExportReport, slider_metadata
 from slider_plugin.registry import Plugins
 from slider_plugin.targets import TargetPlan, resolve_targets
@@ -47,8 +48,12 @@ class Slider:
         """What the optimizer gets: float32, on the denoiser's device."""
         return self.adapter.parameters()
 
-    def scaled(self, scale: float) -> AbstractContextManager[None]:
-        """Run the adapter at `scale` inside. The backward pass belongs inside too: gradient checkpointing needs it."""
+    def scaled(self, scale: Scale) -> AbstractContextManager[None]:
+        """Run the adapter at `scale` inside. The backward pass belongs inside too: gradient checkpointing needs it.
+
+        Args:
+            scale: one number, or one for each sample of the batch, where the denoiser keeps the rows of each sample together.
+        """
         return self.adapter.scaled(scale)
 
     def save(

@@ -224,6 +224,10 @@ class RunConfig(_Strict):
     max_train_steps: Count = Field(1000, description="optimizer steps")
     train_batch_size: Count = Field(1, description="images per draw")
     gradient_accumulation_steps: Count = Field(1, description="draws per optimizer step, rounded up to whole cycles")
+    signs_in_one_forward: Literal["auto", "yes", "no"] = Field(
+        "auto",
+        description="the draws of a cycle share a forward, with the same gradient; auto: where there is a GPU and it fits",
+    )
     gradient_checkpointing: bool = Field(False, description="less memory, more time")
     learning_rate: Positive = Field(1e-4, description="peak learning rate")
     optimizer: Literal["adamw"] = Field("adamw", description="AdamW in float32")

@@ -284,6 +284,7 @@ VALUES: Mapping[str, Mapping[Any, Value]] = {
         False: Value("", instead="no"),  # YAML reads a bare `no` as false
         "fp16": Value("float16 gradients underflow without loss scaling; write bf16 or no"),
     },
+    "signs_in_one_forward": {True: Value("", instead="yes"), False: Value("", instead="no")},  # YAML's bare `yes` and `no`
     "report_to": {"wandb": _TRACKER, "comet_ml": _TRACKER, "all": _TRACKER, "swanlab": _TRACKER},
     "caption_strategy": {"parquet": _COLUMNS, "huggingface": _COLUMNS, "csv": _COLUMNS, "webshart": _COLUMNS},
     "crop_aspect": {"random": _SAMPLED_CROP, "closest": _SAMPLED_CROP},

@@ -43,15 +43,19 @@ from slider_plugin.preflight import (
     num_frames,
 )
 from slider_plugin.targets import TargetPlan
-from slider_plugin.training.checkpoint import Position, find_checkpoint, load_checkpoint, save_checkpoint
+from slider_plugin.training.checkpoint import Position, find_checkpoint, load_checkpoint, save_checkpoint, verify
 from slider_plugin.training.loop import StepReport, Trainer
 from slider_plugin.training.noise import noise_process
+from slider_plugin.training.pairing import Pairing
 from slider_plugin.training.seeds import derived_seed
 from slider_plugin.training.watch import Metrics, interruptible
 from slider_plugin.validation.render import DrawSettings, ScalableAdapter, check_image, render
 
 if TYPE_CHECKING:
     from slider_plugin.family import LoadedFamily
+
+PAIRED = "signs_in_one_forward"
+"""Among the facts of a checkpoint: whether draws shared forwards."""
 
 PIXELS_AT_ONCE = 8 * 512 * 512
 """Of the images of a validation that are drawn in one batch."""
@@ -224,12 +228,24 @@ def build_trainer(
         max_grad_norm=config.max_grad_norm,
         bf16=config.mixed_precision == "bf16",
     )
-    if config.resume_from_checkpoint:
-        _resume(config, trainer)
+    recorded = _resume(config, trainer) if config.resume_from_checkpoint else None
+    _pair(config, trainer, recorded)
     return trainer
 
 
-def _resume(config: RunConfig, trainer: Trainer) -> None:
+def _pair(config: RunConfig, trainer: Trainer, recorded: bool | None) -> None:
+    """Decide whether the draws of a cycle share a forward. A run that goes on does what it did: its rounding depends on it."""
+    wanted = config.signs_in_one_forward
+    on = trainer.accelerator.device.type != "cpu" if recorded is None else recorded
+    trainer.pairing = Pairing(on if wanted == "auto" else wanted == "yes", wanted == "yes", trainer.family.facts.name)
+    if trainer.pairing.on:
+        trainer.check_pairing()
+    if trainer.pairing.on:
+        console.say("the draws of a cycle share a forward")
+
+
+def _resume(config: RunConfig, trainer: Trainer) -> bool | None:
+    """Go back to a checkpoint; returns whether draws shared forwards there, or None if it does not say."""
     assert config.resume_from_checkpoint
     path = find_checkpoint(config.resume_from_checkpoint, config.output_dir, console.say)
     position = load_checkpoint(path, trainer.adapter, trainer.optimizer)
@@ -242,6 +258,8 @@ def _resume(config: RunConfig, trainer: Trainer) -> None:
         group["lr"] = rate
     trainer.step = position.step
     console.say(f"resumed from {path}, {position.step} steps done")
+    recorded: bool | None = verify(path)["facts"].get(PAIRED)
+    return recorded
 
 
 def run(config: RunConfig, trainer: Trainer, checked: Preflight) -> tuple[bool, float]:
@@ -281,7 +299,7 @@ def _due(step: int, interval: int) -> bool:
 
 def _checkpoint(config: RunConfig, trainer: Trainer) -> None:
     position = Position(trainer.step, trainer.sampler.state_dict(), trainer.schedule.state_dict())
-    facts = {"plugin": trainer.family.describe(), "rank": config.lora_rank}
+    facts = {"plugin": trainer.family.describe(), "rank": config.lora_rank, PAIRED: trainer.pairing.on}
     path = save_checkpoint(
         config.output_dir, trainer.adapter, trainer.optimizer, position, facts, config.checkpoints_total_limit
     )

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from slider_plugin.adapters.samples import Scale
 from slider_plugin.export import ExportReport
 
 
@@ -19,8 +20,16 @@ class Adapter(Protocol):
     modules: tuple[str, ...]
     """Full names of the modules that it wraps."""
 
-    def scaled(self, scale: float) -> AbstractContextManager[None]:
-        """Run at `scale` inside, and at what it was before outside. The backward pass belongs inside."""
+    one_scale_only: str
+    """Why the samples of a batch cannot be trained at a scale each, as in passes of their own; "" if they can."""
+
+    def scaled(self, scale: Scale) -> AbstractContextManager[None]:
+        """Run at `scale` inside, and at what it was before outside. The backward pass belongs inside.
+
+        Args:
+            scale: one number for all samples; or, unless `one_scale_only`, one for each, as a sequence or a tensor `(B,)`. A
+                layer that sees rows that cannot be those of B samples then raises `NotPerSample`.
+        """
         ...
 
     def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:

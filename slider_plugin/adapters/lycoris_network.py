@@ -2,6 +2,9 @@
 
 lycoris-lora keeps its preset in class attributes, which the next network inherits: they are set whole before each network is
 made and put back after it. What an algorithm's strength does is not believed but measured on each kind of layer beforehand.
+
+lycoris-lora has one multiplier for a whole network. A scale per sample is computed here, beside its own forward: the layer
+without the network, and its change of weight on the same input, `W x + scale_B * (dW x)`.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 
 from slider_hooks import Family
 from slider_plugin.adapters.presets import Translated, check_names, translate
+from slider_plugin.adapters.samples import Scale, scaled_rows, scales_of_samples
 from slider_plugin.errors import UserError
 from slider_plugin.export import ExportReport, write_verified
 from slider_plugin.lycoris_config import MIRROR, LycorisConfig
@@ -54,7 +58,7 @@ class LycorisAdapter:
         self.config = config
         translated = translate(family, denoiser, config)
         denoiser.requires_grad_(False)
-        device = next(denoiser.parameters()).device
+        self._device = next(denoiser.parameters()).device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self._network = make_network(denoiser, config, translated)
@@ -63,35 +67,85 @@ class LycorisAdapter:
         self.modules = tuple(self._layers)
         self.warnings = (*translated.notes, *check_names(family, denoiser, self.modules, config))
         self._network.apply_to()
-        self._network.to(device, torch.float32)
+        self._network.to(self._device, torch.float32)
         self._network.requires_grad_(True)
+        self._scales_B: Tensor | None = None
+        for name, lora in self._layers.items():
+            lora.org_module[0].forward = self._per_sample(name, lora)
         self._assert_mirrors()
+        self.one_scale_only = self._why_one_scale_only()
         self._set(1.0)
 
     # --- strength ---------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def scaled(self, scale: float) -> Iterator[None]:
-        """Run the network at `scale` inside, and at what it was before outside. Dropout is on only where gradients are."""
+    def scaled(self, scale: Scale) -> Iterator[None]:
+        """Run the network at `scale` inside, and at what it was before outside. Dropout is on only where gradients are.
+
+        See `Adapter.scaled`.
+        """
         before, training = self.scale, self._network.training
-        self._network.train(torch.is_grad_enabled())
         self._set(scale)
+        self._network.train(torch.is_grad_enabled())
         try:
             yield
         finally:
             self._network.train(training)
             self._set(before)
 
-    def _set(self, scale: float) -> None:
+    def _set(self, scale: Scale) -> None:
+        scales_B = scales_of_samples(scale)
         self.scale = scale
-        self._network.set_multiplier(scale * self.config.multiplier)
+        self._scales_B = None if scales_B is None else (scales_B * self.config.multiplier).to(self._device)
+        if isinstance(scale, (int, float)):
+            self._network.set_multiplier(scale * self.config.multiplier)
+
+    def _per_sample(self, name: str, lora: Any) -> Callable[..., Tensor]:
+        """The forward of a wrapped layer: lycoris-lora's own, or `W x + scale_B * (dW x)` where there is a scale for each."""
+        own: Callable[..., Tensor] = lora.forward
+
+        def forward(x: Tensor, *arguments: Any, **named: Any) -> Tensor:
+            if self._scales_B is None:
+                return own(x, *arguments, **named)
+            base, change = _beside_each_other(lora, x, *arguments, **named)
+            return base + scaled_rows(change, self._scales_B.to(x.device), name).to(base.dtype)
+
+        return forward
+
+    @torch.no_grad()
+    def _why_one_scale_only(self) -> str:
+        """Measure on one layer of each kind that a scale per sample does what the same scale does for all."""
+        if self.config.dropout or self.config.rank_dropout or self.config.module_dropout:
+            return "its dropout draws other numbers in one forward than in separate ones"
+        for name in self._kinds().values():
+            miss = self._missed_by_samples(self._layers[name])
+            if miss > MIRRORED:
+                algorithm = type(self._layers[name]).__name__
+                return f"{algorithm} misses, at a scale per sample, what it does at one scale by {miss:.2g} of its change"
+        return ""
+
+    def _missed_by_samples(self, lora: Any) -> float:
+        """How far a layer at +1 and -1 in one batch misses its answers at +1 and at -1, as a share of its change."""
+        with _random_weights(lora) as generator:
+            value = torch.randn(2, *_input_shape(lora)[1:], generator=generator).to(self._device)
+            layer, answers = lora.org_module[0], []
+            for scale in ((1.0, -1.0), 1.0, -1.0):
+                self._set(scale)
+                answers.append(layer(value.to(_dtype_of(lora))).double())
+        both, plus, minus = answers
+        size = float((plus - minus).abs().max()) / 2
+        miss = max(float((both[0] - plus[0]).abs().max()), float((both[1] - minus[1]).abs().max()))
+        return max(0.0, miss / max(size, 1e-12) - _rounding(_dtype_of(lora), float(plus.abs().max()), size))
+
+    def _kinds(self) -> dict[tuple[str, str], str]:
+        """The name of one layer of each algorithm and kind of layer."""
+        return {(type(lora).__name__, lora.module_type): name for name, lora in self._layers.items()}
 
     @torch.no_grad()
     def _assert_mirrors(self) -> None:
         """Measure one layer of each kind with random weights: 0 is the base, -1 the opposite of 1, 2 its double."""
-        kinds = {(type(lora).__name__, lora.module_type): name for name, lora in self._layers.items()}
         self._network.eval()
-        for (algorithm, _), name in kinds.items():
+        for (algorithm, _), name in self._kinds().items():
             worst = _unmirrored(self._layers[name])
             if worst > MIRRORED:
                 raise UserError(
@@ -284,26 +338,68 @@ def _quiet() -> Iterator[None]:
 # --- Small helpers ----------------------------------------------------------------------------------------------------
 
 
-def _unmirrored(lora: Any) -> float:
-    """How far a wrapped layer misses the mirror, as a share of its largest change; its weights are put back."""
-    layer, parameters = lora.org_module[0], list(lora.parameters())
+def _beside_each_other(lora: Any, x: Tensor, *arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    """What a layer answers without its network, and what the network adds at strength 1."""
+    weight, bias = _change_of(lora)
+    change = lora.op(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), **lora.kw_dict)
+    if not hasattr(lora.org_module[0], "weight"):  # `full` has taken it
+        base_bias = None if lora.org_bias is None else lora.org_bias[0].to(x.device)
+        return lora.op(x, lora.org_weight.to(x.device), base_bias, **lora.kw_dict), change
+    return lora.org_forward(x, *arguments, **named), change
+
+
+def _change_of(lora: Any) -> tuple[Tensor, Tensor | None]:
+    """The change of weight and bias at strength 1, as the algorithm's own forward has it.
+
+    `get_diff_weight` is that for all but LoHa and LoKr, where it scales by alpha / rank twice and leaves out the trained factor
+    (lycoris-lora 4.1.3, loha.py:230, lokr.py:381, against their `forward`).
+    """
+    if type(lora).__name__ in ("LohaModule", "LokrModule"):
+        return lora.get_weight(lora.shape) * lora.scalar, None
+    weight, bias = lora.get_diff_weight(1.0, lora.shape, lora.device)
+    return weight, bias
+
+
+@contextmanager
+def _random_weights(lora: Any) -> Iterator[torch.Generator]:
+    """Weights that change something inside; what they were, bit for bit, outside. Gives the generator for more numbers."""
+    parameters = list(lora.parameters())
     kept = [parameter.detach().clone() for parameter in parameters]
     generator = torch.Generator().manual_seed(0)
     for parameter in parameters:
         parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
-    value = torch.randn(_input_shape(lora), generator=generator).to(parameters[0].device)
-    before, answers = lora.multiplier, {}
-    dtype = next(iter(layer.parameters()), parameters[0]).dtype
-    for strength in STRENGTHS:
-        lora.multiplier = strength
-        answers[strength] = layer(value.to(dtype)).double()
-    lora.multiplier = before
-    for parameter, old in zip(parameters, kept, strict=True):
-        parameter.copy_(old)
+    try:
+        yield generator
+    finally:
+        for parameter, old in zip(parameters, kept, strict=True):
+            parameter.copy_(old)
+
+
+def _dtype_of(lora: Any) -> torch.dtype:
+    """Of the layer that is wrapped."""
+    parameters = (*lora.org_module[0].parameters(), *lora.parameters())
+    dtype: torch.dtype = parameters[0].dtype
+    return dtype
+
+
+def _rounding(dtype: torch.dtype, answer: float, change: float) -> float:
+    """What a difference of answers may miss by rounding, as a share of the change."""
+    return float(torch.finfo(dtype).eps / torch.finfo(torch.float32).eps) * 1e-5 * answer / max(change, 1e-12)
+
+
+def _unmirrored(lora: Any) -> float:
+    """How far a wrapped layer misses the mirror, as a share of its largest change; its weights are put back."""
+    layer, answers, dtype, before = lora.org_module[0], {}, _dtype_of(lora), lora.multiplier
+    with _random_weights(lora) as generator:
+        value = torch.randn(_input_shape(lora), generator=generator).to(next(lora.parameters()).device)
+        for strength in STRENGTHS:
+            lora.multiplier = strength
+            answers[strength] = layer(value.to(dtype)).double()
+        lora.multiplier = before
     base = answers[0.0]
     plus, minus, double = (answers[strength] - base for strength in (1.0, -1.0, 2.0))
     size = max(float(plus.abs().max()), 1e-6 * float(base.abs().max()), 1e-12)
-    rounding = float(torch.finfo(dtype).eps / torch.finfo(torch.float32).eps) * 1e-5 * float(base.abs().max()) / size
+    rounding = _rounding(dtype, float(base.abs().max()), size)
     miss = max(float((plus + minus).abs().max()), float((double - 2 * plus).abs().max())) / size
     return max(0.0, miss - rounding)
 

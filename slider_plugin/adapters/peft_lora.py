@@ -2,12 +2,15 @@
 
 `y = W x + scale * (alpha / rank) * B A x`, or with `sqrt(rank)`. Scale 0 is the base model bit for bit, and -s is the mirror of
 +s, because the adapter's output is linear in the scale. (DoRA and BOFT are not, and are refused by the configuration.)
+
+A scale per sample multiplies `A x`, which has rank channels and is the smallest tensor on the way: `y = W x + (alpha / rank) *
+B (scale_B A x)`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from slider_plugin.adapters.samples import Scale, scaled_rows, scales_of_samples
 from slider_plugin.errors import UserError
 from slider_plugin.export import ExportReport, export_diffusers
 
@@ -67,6 +71,10 @@ class LoraAdapter:
             torch.manual_seed(seed)
             inject_adapter_in_model(config, denoiser, adapter_name=NAME)
         self._layers = _layers(denoiser)
+        self.one_scale_only = "lora_dropout draws other numbers in one forward than in separate ones" if dropout else ""
+        self._scales: dict[torch.device, Tensor] = {}
+        for name, layer in self._layers.items():
+            layer.lora_A[NAME].register_forward_hook(self._per_sample(name))
         self._factor = alpha / math.sqrt(rank) if rank_stabilised else alpha / rank
         for parameter in self.parameters():
             parameter.data = parameter.data.float()
@@ -76,8 +84,8 @@ class LoraAdapter:
     # --- strength ---------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def scaled(self, scale: float) -> Iterator[None]:
-        """Run the adapter at `scale` inside, and at what it was before outside, whatever happens.
+    def scaled(self, scale: Scale) -> Iterator[None]:
+        """Run the adapter at `scale` inside, and at what it was before outside, whatever happens; see `Adapter.scaled`.
 
         The backward pass belongs inside: gradient checkpointing computes the forward a second time, and with another
         scale its gradients would be wrong without a word (measured: 16 %).
@@ -89,15 +97,28 @@ class LoraAdapter:
         finally:
             self._set(before)
 
-    def _set(self, scale: float) -> None:
-        """Scales are tensors: a Python float would cost torch.compile a recompilation for each value."""
+    def _set(self, scale: Scale) -> None:
+        """Scales are tensors, one for each device: a Python float would cost torch.compile a recompilation for each value."""
+        scales_B = scales_of_samples(scale)
         self.scale = scale
-        tensors: dict[torch.device, Tensor] = {}
+        common = scale * self._factor if isinstance(scale, (int, float)) else self._factor
+        factors: dict[torch.device, Tensor] = {}
         for layer in self._layers.values():
             device = layer.lora_A[NAME].weight.device
-            if device not in tensors:
-                tensors[device] = torch.tensor(scale * self._factor, dtype=torch.float32, device=device)
-            layer.scaling[NAME] = tensors[device]
+            if device not in factors:
+                factors[device] = torch.tensor(common, dtype=torch.float32, device=device)
+            layer.scaling[NAME] = factors[device]
+        self._scales = {} if scales_B is None else {device: scales_B.to(device) for device in factors}
+
+    def _per_sample(self, name: str) -> Callable[[torch.nn.Module, Any, Tensor], Tensor | None]:
+        """A hook behind A: it multiplies the rows of each sample by its scale, where there is one for each."""
+
+        def scale(module: torch.nn.Module, arguments: Any, output: Tensor) -> Tensor | None:
+            if not self._scales:
+                return None  # which leaves the output alone
+            return scaled_rows(output, self._scales[output.device], name)
+
+        return scale
 
     # --- weights ----------------------------------------------------------------------------------------------------
 

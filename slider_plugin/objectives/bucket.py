@@ -14,22 +14,14 @@ Training a neutral image towards itself at +1 would teach it to the positive sid
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 
-Predict = Callable[[Tensor, Tensor], Tensor]
-"""`(noisy_BCHW, time_B) -> prediction_BCHW` in the convention of the noise process."""
+
+def learning_loss(prediction_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
+    """Mean squared error of `f_s` towards the images' own target, a float32 scalar."""
+    return (prediction_BCHW.float() - target_BCHW.float()).square().mean()
 
 
-def learning_loss(predict: Predict, noisy_BCHW: Tensor, time_B: Tensor, target_BCHW: Tensor) -> Tensor:
-    """Mean squared error towards the images' own target, a float32 scalar."""
-    return (predict(noisy_BCHW, time_B).float() - target_BCHW.float()).square().mean()
-
-
-def preservation_loss(predict: Predict, frozen: Predict, noisy_BCHW: Tensor, time_B: Tensor) -> Tensor:
-    """Mean squared error towards the frozen model's prediction, a float32 scalar."""
-    with torch.no_grad():
-        target_BCHW = frozen(noisy_BCHW, time_B).float()
-    return (predict(noisy_BCHW, time_B).float() - target_BCHW).square().mean()
+def preservation_loss(prediction_BCHW: Tensor, frozen_BCHW: Tensor) -> Tensor:
+    """Mean squared error of `f_s` towards `f_0`, a float32 scalar."""
+    return (prediction_BCHW.float() - frozen_BCHW.float()).square().mean()

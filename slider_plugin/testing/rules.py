@@ -274,10 +274,9 @@ def _loss(subject: Subject, positive: bool) -> Tensor:
     time_B = process.at(0.6, 2)
     text = subject.conditioning(PROMPTS)
 
-    def predict(noisy: Tensor, time_B: Tensor) -> Tensor:
-        return process.output(subject.predict_at(noisy, process.told(time_B), text))
-
-    return learning_loss(predict, process.add_noise(clean, noise, time_B), time_B, process.target(clean, noise, time_B))
+    noisy = process.add_noise(clean, noise, time_B)
+    prediction = process.output(subject.predict_at(noisy, process.told(time_B), text))
+    return learning_loss(prediction, process.target(clean, noise, time_B))
 
 
 def _inputs_of(subject: Subject, adapter: LoraAdapter) -> dict[str, Tensor]:

@@ -1,26 +1,30 @@
 """The training loop: one optimizer step is whole cycles of draws, each at its own strength.
 
 A draw is trained with the adapter at the draw's scale until after its backward pass. The draws of one cycle share noise and
-time, so that what the positive and the negative side have in common cancels in the adapter's gradient.
+time, so that what the positive and the negative side have in common cancels in the adapter's gradient. They may also share one
+forward and one backward, each sample at its draw's scale: the gradient is the same (see `pairing`).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from slider_hooks import Components, Draw, Sampler
+from slider_hooks import Components, Conditioning, Draw, Sampler
 from slider_plugin.adapters.base import Adapter
+from slider_plugin.adapters.samples import NotPerSample, Scale
 from slider_plugin.data.encode import Batch, Encoded
 from slider_plugin.errors import UserError
 from slider_plugin.objectives.bucket import learning_loss, preservation_loss
 from slider_plugin.training.noise import NoiseProcess
+from slider_plugin.training.pairing import Pairing, why_not
 from slider_plugin.training.seeds import derived_seed, generator
 
 if TYPE_CHECKING:
@@ -62,6 +66,9 @@ class Trainer:
     step: int = 0
     """Optimizer steps done."""
 
+    pairing: Pairing = field(default_factory=Pairing)
+    """Whether the draws of a cycle share a forward."""
+
     def run(self, steps: int, after: Callable[[StepReport], bool]) -> bool:
         """Train until `steps` are done, or until `after`, called with each step's report, asks to stop.
 
@@ -77,7 +84,7 @@ class Trainer:
     def optimizer_step(self) -> StepReport:
         """One step of the optimizer over whole cycles. Raises NotFinite with the batch named, before any weight moves."""
         started = time.perf_counter()
-        draws = [self._train_draw(next(self.sampler)) for _ in range(self.draws_per_step)]
+        draws = self._gradients([next(self.sampler) for _ in range(self.draws_per_step)])
         norm = self._clip()
         _assert_finite(draws, norm, self.step)
         self.optimizer.step()
@@ -87,41 +94,135 @@ class Trainer:
         self.step += 1
         return StepReport(self.step, draws, float(norm), learning_rate, time.perf_counter() - started)
 
-    def _train_draw(self, draw: Draw) -> DrawReport:
-        batch = self.data.batch(draw)
-        torch.manual_seed(derived_seed(self.seed, "model", draw.position))  # for dropout
-        with self.adapter.scaled(draw.scale):  # until after backward: checkpointing runs the forward again
-            loss = self.loss(batch)
-            self.accelerator.backward(loss / self.draws_per_step)
-        return DrawReport(draw, loss.detach(), len(batch.files), tuple(str(f) for f in batch.files))
+    def _gradients(self, draws: Sequence[Draw]) -> list[DrawReport]:
+        """The gradient of all draws, signs in one forward where that is on. If it does not fit, all is done again without."""
+        if self.pairing.on:
+            try:
+                return [report for cycle in self._cycles(draws) for report in self._one_forward(cycle)]
+            except (NotPerSample, RuntimeError) as error:
+                reason = _way_back(error)
+                if not reason:
+                    raise
+            self.pairing.stop(f"{reason} (step {self.step + 1})")
+            self._forget_gradients()  # here, where nothing holds the tensors of the failed pass any more
+        return [report for draw in draws for report in self._pass([self.data.batch(draw)])]
+
+    def _cycles(self, draws: Sequence[Draw]) -> list[list[Draw]]:
+        return [list(cycle) for _, cycle in itertools.groupby(draws, key=lambda draw: draw.position // self.cycle)]
+
+    def _one_forward(self, cycle: Sequence[Draw]) -> list[DrawReport]:
+        groups = self.pairing.groups([self.data.batch(draw) for draw in cycle], self._why_apart)
+        reports = [report for group in groups for report in self._pass(group)]
+        return sorted(reports, key=lambda report: report.draw.position)
+
+    def check_pairing(self) -> None:
+        """Check the draws of the next cycle, so that a run says at its start how it trains. The sampler stays where it is."""
+        if self.adapter.one_scale_only:
+            self.pairing.stop(self.adapter.one_scale_only)
+            return
+        position = self.sampler.state_dict()
+        draws = [next(self.sampler) for _ in range(self.cycle)]
+        self.sampler.load_state_dict(position)
+        for cycle in self._cycles(draws):
+            self.pairing.groups([self.data.batch(draw) for draw in cycle], self._why_apart)
+
+    def _why_apart(self, batches: Sequence[Batch]) -> str:
+        return why_not(self.predict, self.adapter, self.noise, batches, self.bf16)
+
+    def _forget_gradients(self) -> None:
+        from accelerate.utils import release_memory
+
+        self.optimizer.zero_grad(set_to_none=True)
+        release_memory()
+
+    def _pass(self, batches: Sequence[Batch]) -> list[DrawReport]:
+        """One forward and one backward over the draws of these batches, each sample at its draw's scale."""
+        torch.manual_seed(derived_seed(self.seed, "model", batches[0].draw.position))  # for dropout
+        with self.adapter.scaled(_scale(batches)):  # until after backward: checkpointing runs the forward again
+            losses = self.losses(batches)
+            self.accelerator.backward(torch.stack(losses).sum() / self.draws_per_step)
+        return [_report(batch, loss) for batch, loss in zip(batches, losses, strict=True)]
 
     def loss(self, batch: Batch) -> Tensor:
         """The loss of a draw at the adapter's present scale, a float32 scalar."""
+        return self.losses([batch])[0]
+
+    def losses(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """The loss of each draw at the adapter's present scale, float32 scalars; one forward over the samples of all draws."""
+        questions = [self._question(batch) for batch in batches]
+        frozen_BCHW = self._frozen([question for question in questions if question.batch.draw.neutral])
+        answers_BCHW = self._answers(questions)
+        return [
+            preservation_loss(answer_BCHW, next(frozen_BCHW))
+            if question.batch.draw.neutral
+            else learning_loss(answer_BCHW, question.target_BCHW)
+            for question, answer_BCHW in zip(questions, answers_BCHW, strict=True)
+        ]
+
+    def _question(self, batch: Batch) -> Question:
+        """A batch with noise; the draws of a cycle share it, and the time."""
         cycle = batch.draw.position // self.cycle
         time_B = self.noise.draw_time(len(batch.files), generator(self.seed, "time", cycle))
         noise_BCHW = torch.randn(batch.clean_BCHW.shape, generator=generator(self.seed, "noise", cycle)).to(
             batch.clean_BCHW.device
         )
         noisy_BCHW = self.noise.add_noise(batch.clean_BCHW, noise_BCHW, time_B)
+        return Question(batch, noisy_BCHW, time_B, self.noise.target(batch.clean_BCHW, noise_BCHW, time_B))
 
-        def predict(noisy_BCHW: Tensor, time_B: Tensor) -> Tensor:
-            told_B = self.noise.told(time_B).to(noisy_BCHW.device)
-            with torch.autocast(noisy_BCHW.device.type, torch.bfloat16, enabled=self.bf16):
-                answer_BCHW = self.family.predict(self.components, noisy_BCHW, told_B, batch.conditioning)
-            return self.noise.output(answer_BCHW)
+    def _frozen(self, questions: Sequence[Question]) -> Iterator[Tensor]:
+        """The frozen model's answers, one forward without gradient."""
+        if not questions:
+            return iter(())
+        with torch.no_grad(), self.adapter.scaled(0.0):  # not disabled: a process that skips the adapter would hang the others
+            return iter(self._answers(questions))
 
-        def frozen(noisy_BCHW: Tensor, time_B: Tensor) -> Tensor:
-            with self.adapter.scaled(0.0):  # not disabled: a process that skips the adapter would hang the others
-                return predict(noisy_BCHW, time_B)
+    def _answers(self, questions: Sequence[Question]) -> Sequence[Tensor]:
+        """The answers to each question, from one forward over all."""
+        noisy_BCHW = torch.cat([question.noisy_BCHW for question in questions])
+        time_B = torch.cat([question.time_B for question in questions])
+        conditioning = [told for question in questions for told in question.batch.conditioning]
+        answers: Sequence[Tensor] = self.predict(noisy_BCHW, time_B, conditioning).split([len(q.time_B) for q in questions])
+        return answers
 
-        if batch.draw.neutral:
-            return preservation_loss(predict, frozen, noisy_BCHW, time_B)
-        return learning_loss(predict, noisy_BCHW, time_B, self.noise.target(batch.clean_BCHW, noise_BCHW, time_B))
+    def predict(self, noisy_BCHW: Tensor, time_B: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
+        """The denoiser's answer in the convention of the noise process."""
+        told_B = self.noise.told(time_B).to(noisy_BCHW.device)
+        with torch.autocast(noisy_BCHW.device.type, torch.bfloat16, enabled=self.bf16):
+            answer_BCHW = self.family.predict(self.components, noisy_BCHW, told_B, conditioning)
+        return self.noise.output(answer_BCHW)
 
     def _clip(self) -> Tensor:
         limit = self.max_grad_norm if self.max_grad_norm > 0 else math.inf
         norm: Tensor = torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), limit)
         return norm
+
+
+def _way_back(error: Exception) -> str:
+    """Why a pass over both signs failed where separate passes may not; "" if these would fail as well."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    if isinstance(error, NotPerSample):
+        return str(error)
+    no_memory = isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+    return "both signs do not fit into memory together" if no_memory else ""
+
+
+def _scale(batches: Sequence[Batch]) -> Scale:
+    """The scale of one draw, or one for each sample of several."""
+    if len(batches) == 1:
+        return batches[0].draw.scale
+    return [batch.draw.scale for batch in batches for _ in batch.files]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What the denoiser is asked in one draw, and what it should answer."""
+
+    batch: Batch
+    noisy_BCHW: Tensor
+    time_B: Tensor
+    target_BCHW: Tensor
+    """Of the images themselves; a neutral draw's is the frozen model's answer instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +240,10 @@ class DrawReport:
         if self.draw.neutral:
             return "neutral"
         return "positive" if self.draw.scale > 0 else "negative"
+
+
+def _report(batch: Batch, loss: Tensor) -> DrawReport:
+    return DrawReport(batch.draw, loss.detach(), len(batch.files), tuple(str(file) for file in batch.files))
 
 
 @dataclass(frozen=True, slots=True)
