@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -610,6 +612,20 @@ def test_a_user_who_insists_is_told_about_memory(subject: Callable[[str], Subjec
         trainer.optimizer_step()
 
 
+def test_a_check_that_does_not_fit_is_no_failure(subject: Callable[[str], Subject], monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of(subject("sd1"))
+    trainer.pairing = Pairing(True, family="sd1")
+
+    def broken(*arguments: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(Trainer, "predict", broken)
+    before = [parameter.clone() for parameter in trainer.adapter.parameters()]
+    trainer.check_pairing()
+    assert not trainer.pairing.on
+    assert all(torch.equal(a, b) for a, b in zip(trainer.adapter.parameters(), before, strict=True))
+
+
 def test_any_other_failure_stays_one(subject: Callable[[str], Subject], monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_of(subject("sd1"))
     trainer.pairing = Pairing(True, family="sd1")
@@ -674,3 +690,21 @@ def test_the_key_takes_what_yaml_makes_of_yes(project: Project) -> None:
         assert read_config(config, (), Plugins.discover().facts)[0].signs_in_one_forward == meant
     with pytest.raises(ConfigError, match="signs_in_one_forward"):
         read_config(config, ["--signs_in_one_forward", "maybe"], Plugins.discover().facts)
+
+
+# --- The benchmark ----------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also its published part, on a small SDXL on the processor, as that part otherwise needs a GPU."""
+    path = Path(__file__).parent / "benchmarks" / "pairing.py"
+    spec = importlib.util.spec_from_file_location("benchmark_of_pairing", path)
+    assert spec and spec.loader
+    benchmark = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, benchmark)
+    spec.loader.exec_module(benchmark)
+    (row,) = benchmark.main(["--families", "sd1", "--no-middle", "--repeats", "1", "--json"])
+    assert json.loads(capsys.readouterr().out) == [row] and row["check"] == "passes" and row["ratio"] > 0
+    small = {"block_out_channels": (32, 64, 64), "transformer_layers_per_block": 1, "attention_head_dim": (2, 4, 4)}
+    made = benchmark.random_unet("sdxl", 64, 2, torch.device("cpu"), bf16=True, checkpointing=True, **small)
+    assert benchmark.measure("sdxl", made, 1)["check"] == "passes"

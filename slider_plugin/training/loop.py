@@ -127,7 +127,12 @@ class Trainer:
             self.pairing.groups([self.data.batch(draw) for draw in cycle], self._why_apart)
 
     def _why_apart(self, batches: Sequence[Batch]) -> str:
-        return why_not(self.predict, self.adapter, self.noise, batches, self.bf16)
+        try:
+            return why_not(self.predict, self.adapter, self.noise, batches, self.bf16)
+        except RuntimeError as error:
+            if reason := _way_back(error):
+                return reason
+            raise
 
     def _forget_gradients(self) -> None:
         from accelerate.utils import release_memory
