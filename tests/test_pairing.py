@@ -20,7 +20,7 @@ from slider_plugin import run
 from slider_plugin.adapters.base import Adapter
 from slider_plugin.adapters.lycoris_network import LycorisAdapter
 from slider_plugin.adapters.peft_lora import LoraAdapter
-from slider_plugin.adapters.samples import NotPerSample
+from slider_plugin.adapters.samples import NotPerSample, scaled_rows
 from slider_plugin.configfile import read_config
 from slider_plugin.data.encode import Batch
 from slider_plugin.errors import ConfigError, UserError
@@ -143,6 +143,13 @@ def test_in_bfloat16_a_sample_s_scale_is_rounded_no_more_than_one_for_all(algori
                 alone = model(x)[i]
             assert together.dtype == alone.dtype == torch.bfloat16
             assert (together[i] - alone).abs().max() <= 2**-6 * alone.abs().max()
+
+
+def test_rows_are_rounded_once_and_keep_their_type() -> None:
+    values = torch.randn(4, 3, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    rows = scaled_rows(values, torch.tensor([0.3, -0.3]), "layer")
+    assert rows.dtype == torch.bfloat16
+    assert torch.equal(rows, (values.double() * torch.tensor([0.3, 0.3, -0.3, -0.3])[:, None]).to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("algorithm", ["peft", "lokr"])
@@ -435,11 +442,11 @@ def test_a_family_that_takes_one_sample_a_call_falls_back(
 class Video(nn.Module):
     """Frames `(B, C, F)` through a layer, with text `(B, T, C)`; each way to do it wrong is a flag."""
 
-    def __init__(self, frame_major: bool = False, unmasked: bool = False, one_time: bool = False) -> None:
+    def __init__(self, frame_major: bool = False, unmasked: bool = False, one_time: bool = False, heed: float = 1.0) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.proj, self.out, self.text = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
-        self.frame_major, self.unmasked, self.one_time = frame_major, unmasked, one_time
+        self.frame_major, self.unmasked, self.one_time, self.heed = frame_major, unmasked, one_time, heed
 
     def forward(self, noisy: Tensor, time: Tensor, told: Sequence[Any]) -> Tensor:
         B, C, F = noisy.shape
@@ -454,7 +461,7 @@ class Video(nn.Module):
         else:
             text_BC = (self.text(text_BTC) * mask_BT[..., None]).sum(1) / mask_BT.sum(1, keepdim=True)
         time_B = time[:1].expand(B) if self.one_time else time
-        return self.out(frames_BFC + text_BC[:, None] + time_B[:, None, None].to(frames_BFC)).transpose(1, 2)
+        return self.out(frames_BFC + self.heed * text_BC[:, None] + time_B[:, None, None].to(frames_BFC)).transpose(1, 2)
 
 
 def video_batches(frames: int, tokens: tuple[int, int], fixed: bool) -> list[Batch]:
@@ -501,6 +508,14 @@ def test_the_check_finds_frames_that_are_folded_first(bf16: bool) -> None:
 @pytest.mark.parametrize("fixed", [False, True])
 def test_the_check_finds_padding_that_counts(fixed: bool, bf16: bool) -> None:
     assert "not answered as it is alone" in verdict(Video(unmasked=True), video_batches(4, (3, 6), fixed), bf16)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_padding_is_found_where_the_text_has_little_effect(fixed: bool) -> None:
+    """Far less than the adapter: a difference counts beside what the text does."""
+    batches = video_batches(4, (3, 6), fixed)
+    assert verdict(Video(heed=3e-4), batches) == ""
+    assert "not answered as it is alone" in verdict(Video(unmasked=True, heed=3e-4), batches)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
