@@ -499,7 +499,7 @@ CHANGED: dict[str, Any] = {
     "resolution_type": "pixel", "caption_strategy": "filename", "instance_prompt": "all", "minimum_image_size": 8,
     "maximum_image_size": 99.5, "target_downsample_size": 70, "aspect_bucket_alignment": 8, "skip_unreadable_images": True,
     "max_image_pixels": 1000, "neutral_strength": 0.25, "caption_dropout_probability": 0.1, "max_train_steps": 7,
-    "train_batch_size": 2, "gradient_accumulation_steps": 3, "gradient_checkpointing": True, "learning_rate": 3e-7,
+    "train_batch_size": 2, "gradient_accumulation_steps": 3, "gradient_checkpointing": True, "signs_in_one_forward": "yes", "learning_rate": 3e-7,
     "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_weight_decay": 0, "adam_epsilon": 1e-6, "lr_scheduler": "cosine",
     "lr_warmup_steps": 2, "max_grad_norm": 0, "mixed_precision": "no", "seed": 2**62, "output_dir": "out",
     "checkpoint_step_interval": 5, "checkpoints_total_limit": 9, "resume_from_checkpoint": "latest", "report_to": "tensorboard",
