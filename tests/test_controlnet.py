@@ -356,6 +356,22 @@ def test_checkpointing_gives_the_same_gradients(steered_project: Project) -> Non
     assert max(float((again[name] - gradient).abs().max()) for name, gradient in plain.items()) < 1e-5 * largest
 
 
+@pytest.mark.parametrize("family", ["sd1", "flux"])
+def test_both_signs_are_steered_in_one_forward(
+    steered_project: Project, tmp_path: Path, family: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The layers of a ControlNet see each sample at its own strength, and with its own conditioning image."""
+    config = config_of(steered_project(family, controlnet=True, max_train_steps=2, validation_disable=True))
+    losses: dict[str, list[float]] = {}
+    for way in ("no", "yes"):
+        out = tmp_path / way
+        run.train(config.model_copy(update={"signs_in_one_forward": way, "output_dir": out}))
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        losses[way] = [row[key] for row in rows for key in ("loss/positive", "loss/negative", "grad_norm")]
+    assert "the draws of a cycle share a forward" in capsys.readouterr().err
+    assert losses["yes"] == pytest.approx(losses["no"], rel=1e-3)
+
+
 # --- What is refused --------------------------------------------------------------------------------------------------
 
 
