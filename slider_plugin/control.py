@@ -10,7 +10,7 @@ Shapes: B batch.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -91,26 +91,6 @@ def steered(components: Components, conditioning: Sequence[Conditioning]) -> Ite
     rest = [{name: value for name, value in sample.items() if name != SHOWN} for sample in conditioning]
     with components.control.showing(images_B):
         yield rest
-
-
-def call_controlnet(
-    components: Components, shown: Tensor, strength: float, call: Mapping[str, Any], **instead: Any
-) -> Sequence[Any]:
-    """Call the ControlNet with those arguments of the denoiser's call that it takes by the same names.
-
-    Args:
-        components: with the ControlNet.
-        shown: what `encode_control` gave, `(B, ...)`.
-        strength: what the residuals are multiplied by.
-        call: the arguments of the denoiser's call, by name.
-        instead: arguments that differ from the denoiser's.
-    """
-    taken = inspect.signature(components.controlnet.forward).parameters
-    shared = {name: value for name, value in call.items() if name in taken}
-    shown = shown.to(components.controlnet.dtype)
-    arguments = shared | {"controlnet_cond": shown, "conditioning_scale": strength, "return_dict": False} | instead
-    residuals: Sequence[Any] = components.controlnet(**arguments)
-    return residuals
 
 
 def zero_layers(controlnet: Module, denoiser: Module) -> list[str]:

@@ -108,8 +108,8 @@ def predict(components: Components, noisy: Tensor, time: Tensor, conditioning: S
 
 @hookimpl
 def load_controlnet(family: Family, components: Components, model: str | None) -> Any:
-    """A diffusers ControlNet; a fresh one copies the denoiser's first blocks. See `slider_plugin.controlnets`."""
-    from slider_plugin.controlnets import fresh_from_transformer, load_trained
+    """A diffusers ControlNet; a fresh one copies the denoiser's first blocks. See `slider_plugin.common.controlnet`."""
+    from slider_plugin.common.controlnet import fresh_from_transformer, load_trained
 
     return load_trained(family, components, model) if model else fresh_from_transformer(family, components)
 
@@ -123,7 +123,7 @@ def encode_control(latents: Tensor) -> Tensor:
 @hookimpl
 def control(components: Components, shown: Tensor, strength: float, call: Mapping[str, Any]) -> Mapping[str, Any]:
     """One sequence of residuals, for the blocks one after the other."""
-    from slider_plugin.control import call_controlnet
+    from slider_plugin.common.controlnet import call_controlnet
 
     return {"controlnet_block_samples": call_controlnet(components, shown, strength, call)[0]}
 

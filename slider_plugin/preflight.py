@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, TypeVar
 from slider_hooks import Family
 from slider_plugin.adapters.attach import check_start, plan_targets
 from slider_plugin.adapters.frozen import check_frozen
+from slider_plugin.common.controlnet import check_controlnet
 from slider_plugin.config import BucketConfig, RunConfig
-from slider_plugin.controlnets import check_controlnet
 from slider_plugin.data.buckets import Bucket, Buckets, open_buckets
 from slider_plugin.data.conditioning import first_conditioning_image
 from slider_plugin.data.images import check_image as check_image_file

@@ -148,7 +148,7 @@ def predict(components: Components, noisy: Tensor, time: Tensor, conditioning: S
 @hookimpl
 def load_controlnet(family: Family, components: Components, model: str | None) -> Any:
     """A fresh one has the published numbers of blocks, 4 and 10, or all there are."""
-    from slider_plugin.controlnets import fresh_from_transformer, load_trained, refuse_config
+    from slider_plugin.common.controlnet import fresh_from_transformer, load_trained, refuse_config
 
     if model:
         controlnet = load_trained(family, components, model)
@@ -176,7 +176,7 @@ def encode_control(components: Components, images: Tensor, latents: Tensor) -> T
 @hookimpl
 def control(components: Components, shown: Tensor, strength: float, call: Mapping[str, Any]) -> Mapping[str, Any]:
     """Residuals of the double and of the single blocks. A ControlNet may be told the guidance where the model is not, too."""
-    from slider_plugin.control import call_controlnet
+    from slider_plugin.common.controlnet import call_controlnet
 
     told = components.controlnet.config.guidance_embeds
     guidance_B = call["guidance"] if call.get("guidance") is not None else call["timestep"].new_ones(len(call["timestep"]))

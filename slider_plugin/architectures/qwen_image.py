@@ -139,7 +139,7 @@ def build_pipeline(components: Components) -> Any:
 @hookimpl
 def load_controlnet(family: Family, components: Components, model: str | None) -> Any:
     """A fresh one has the published number of blocks, 5, or all there are."""
-    from slider_plugin.controlnets import fresh_from_transformer, load_trained, refuse_config
+    from slider_plugin.common.controlnet import fresh_from_transformer, load_trained, refuse_config
 
     if model:
         controlnet = load_trained(family, components, model)
@@ -166,6 +166,6 @@ def encode_control(latents: Tensor) -> Tensor:
 @hookimpl
 def control(components: Components, shown: Tensor, strength: float, call: Mapping[str, Any]) -> Mapping[str, Any]:
     """One residual for some blocks each."""
-    from slider_plugin.control import call_controlnet
+    from slider_plugin.common.controlnet import call_controlnet
 
     return {"controlnet_block_samples": call_controlnet(components, shown, strength, call)}

@@ -129,7 +129,7 @@ def load_controlnet(family: Family, components: Components, model: str | None) -
     """A fresh one copies the first 7 blocks, the published number; the first block of the denoiser gets no residual."""
     from diffusers import SanaControlNetModel
 
-    from slider_plugin.controlnets import in_dtype, load_trained
+    from slider_plugin.common.controlnet import in_dtype, load_trained
 
     if model:
         return load_trained(family, components, model)

@@ -134,7 +134,7 @@ def load_controlnet(family: Family, components: Components, model: str | None) -
     """A fresh one copies the first half of the blocks."""
     from diffusers import SD3ControlNetModel
 
-    from slider_plugin.controlnets import in_dtype, load_trained, refuse_config
+    from slider_plugin.common.controlnet import in_dtype, load_trained, refuse_config
 
     if model:
         controlnet = load_trained(family, components, model)
@@ -164,7 +164,7 @@ def encode_control(components: Components, latents: Tensor) -> Tensor:
 @hookimpl
 def control(components: Components, shown: Tensor, strength: float, call: Mapping[str, Any]) -> Mapping[str, Any]:
     """One residual for some blocks each."""
-    from slider_plugin.control import call_controlnet
+    from slider_plugin.common.controlnet import call_controlnet
 
     pooled_BP = call["pooled_projections"]
     zeros = components.controlnet.config.force_zeros_for_pooled_projection

@@ -98,7 +98,7 @@ def predict(components: Components, noisy: Tensor, time: Tensor, conditioning: S
 @hookimpl
 def load_controlnet(family: Family, components: Components, model: str | None) -> Any:
     """It shares the embedders and the refiners with the transformer, and with them the adapters in these."""
-    from slider_plugin.controlnets import load_trained
+    from slider_plugin.common.controlnet import load_trained
 
     if not model:
         raise UserError(

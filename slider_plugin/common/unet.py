@@ -37,11 +37,11 @@ def load_controlnet(family: Family, components: Components, model: str | None) -
     """A fresh one copies the encoder half of the UNet, and brings the image down to the size of the latents."""
     from diffusers import ControlNetModel
 
-    from slider_plugin.controlnets import in_dtype, load_trained
+    from slider_plugin.common.controlnet import in_dtype, load_trained
 
     if model:
         return load_trained(family, components, model)
-    halvings = len(components.pipeline.vae.config.block_out_channels) - 1
+    halvings = components.pipeline.vae_scale_factor.bit_length() - 1
     unet = components.denoiser
     fresh = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=HINT_CHANNELS[: halvings + 1])
     return in_dtype(fresh, unet.dtype)
@@ -56,7 +56,7 @@ def encode_control(images: Tensor) -> Tensor:
 @hookimpl
 def control(components: Components, shown: Tensor, strength: float, call: Mapping[str, Any]) -> Mapping[str, Any]:
     """Residuals of the encoder's levels, and one of the middle."""
-    from slider_plugin.control import call_controlnet
+    from slider_plugin.common.controlnet import call_controlnet
 
     levels, middle = call_controlnet(components, shown, strength, call)
     return {"down_block_additional_residuals": levels, "mid_block_additional_residual": middle}

@@ -1,15 +1,19 @@
-"""Load a ControlNet, or make a fresh one from the denoiser; the families' own loaders call these functions, too."""
+"""Load a ControlNet, make a fresh one from the denoiser, call it: what the hooks of many families share."""
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slider_hooks import Components, Family
 from slider_plugin.errors import UserError
 from slider_plugin.loading import CLASS, class_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KEY = "controlnet_model_name_or_path"
 
@@ -99,3 +103,23 @@ def refuse_config(controlnet: Any, wrong: Mapping[str, str]) -> None:
     for key, reason in wrong.items():
         if controlnet.config.get(key):
             raise UserError(f"{KEY}: this {type(controlnet).__name__} has {key} {controlnet.config[key]}: {reason}")
+
+
+def call_controlnet(
+    components: Components, shown: Tensor, strength: float, call: Mapping[str, Any], **instead: Any
+) -> Sequence[Any]:
+    """Call the ControlNet with those arguments of the denoiser's call that it takes by the same names.
+
+    Args:
+        components: with the ControlNet.
+        shown: what `encode_control` gave, `(B, ...)`.
+        strength: what the residuals are multiplied by.
+        call: the arguments of the denoiser's call, by name.
+        instead: arguments that differ from the denoiser's.
+    """
+    taken = inspect.signature(components.controlnet.forward).parameters
+    shared = {name: value for name, value in call.items() if name in taken}
+    shown = shown.to(components.controlnet.dtype)
+    arguments = shared | {"controlnet_cond": shown, "conditioning_scale": strength, "return_dict": False} | instead
+    residuals: Sequence[Any] = components.controlnet(**arguments)
+    return residuals
