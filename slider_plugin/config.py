@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, model_validator
 from pydantic_core import PydanticCustomError
 
 from slider_hooks import TargetRequest
@@ -42,6 +42,47 @@ def _modules(value: object) -> object:
             return value  # a character class, such as [a-z]+
         return parsed if isinstance(parsed, list) else value
     return value
+
+
+def _pairs(value: object) -> object:
+    """`d_coef=2,safeguard_warmup=true`, as SimpleTuner has it, is an object; its values are typed by the optimizer's own."""
+    if not isinstance(value, str):
+        return value
+    parts = [part.partition("=") for part in value.split(",") if part.strip()]
+    names = [name.strip() for name, _, _ in parts]
+    if not all(equals and name.strip() and text.strip() for name, equals, text in parts):
+        raise PydanticCustomError("pairs", "is no list of settings; use e.g. d_coef=2,weight_decay=0")
+    if len(set(names)) < len(names):
+        raise PydanticCustomError("pairs", "has a setting twice; keep one")
+    return {name.strip(): text.strip() for name, _, text in parts}
+
+
+def _shift(value: object) -> object:
+    """A number or `auto`."""
+    if value is None:
+        return None
+    if isinstance(value, str) and value.strip().lower() == "auto":
+        return "auto"
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else 0.0
+    except ValueError:
+        number = 0.0
+    if 0.0 < number < float("inf"):
+        return number
+    raise PydanticCustomError("shift", "is neither a number above 0 nor auto; 1 does not shift")
+
+
+def _window(value: object) -> object:
+    """Two ends, 0 to 1, the lower one first."""
+    listed = _listed(value)
+    ends = [_no_bool(end) for end in listed] if isinstance(listed, (list, tuple)) else []
+    try:
+        low, high = map(float, ends)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        low, high = 1.0, 0.0
+    if 0.0 <= low < high <= 1.0:
+        return low, high
+    raise PydanticCustomError("window", "is no part of the noise; use two rising numbers from 0 (image) to 1 (noise): 0.2,0.8")
 
 
 def _size(value: object) -> object:
@@ -229,17 +270,41 @@ class RunConfig(_Strict):
         description="the draws of a cycle share a forward, with the same gradient; auto: where there is a GPU and it fits",
     )
     gradient_checkpointing: bool = Field(False, description="less memory, more time")
-    learning_rate: Positive = Field(1e-4, description="peak learning rate")
-    optimizer: Literal["adamw"] = Field("adamw", description="AdamW in float32")
-    adam_beta1: Fraction = Field(0.9, description="AdamW")
-    adam_beta2: Fraction = Field(0.999, description="AdamW")
-    adam_weight_decay: NotNegative = Field(0.01, description="AdamW")
-    adam_epsilon: Positive = Field(1e-8, description="AdamW")
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = Field(
-        "constant", description="schedule of the learning rate"
+    learning_rate: Positive = Field(1e-4, description="peak learning rate; for prodigy a factor of its own, by default 1")
+    optimizer: Literal["adamw", "adamw8bit", "prodigy", "adamw_schedulefree"] = Field(
+        "adamw", description="adamw; adamw8bit of bitsandbytes; prodigy of prodigyopt; adamw_schedulefree of schedulefree"
     )
-    lr_warmup_steps: Steps = Field(0, description="optimizer steps of warm-up")
+    optimizer_config: Annotated[dict[str, Any], BeforeValidator(_pairs)] = Field(
+        {}, description="the optimizer's other settings, as an object or as d_coef=2,use_bias_correction=true"
+    )
+    adam_beta1: Fraction = Field(0.9, description="decay of the gradient's mean, for every optimizer")
+    adam_beta2: Fraction = Field(0.999, description="decay of the squared gradient's mean, for every optimizer")
+    adam_weight_decay: NotNegative = Field(0.01, description="decoupled weight decay, for every optimizer")
+    adam_epsilon: Positive = Field(1e-8, description="added to the denominator, for every optimizer")
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = Field(
+        "constant", description="schedule of the learning rate after the warm-up"
+    )
+    lr_warmup_steps: Steps = Field(0, description="optimizer steps of warm-up, for every schedule")
+    lr_num_cycles: Count = Field(1, description="cosine_with_restarts: how often it starts")
+    lr_power: Positive = Field(1.0, description="polynomial: 1 falls in a straight line")
+    lr_end: NotNegative = Field(1e-7, description="polynomial: the learning rate at the end")
     max_grad_norm: NotNegative = Field(1.0, description="clip the gradient's norm; 0 does not clip")
+    timestep_sampling: Literal["uniform", "logit_normal"] = Field(
+        "uniform", description="how the time of the noise is drawn; logit_normal prefers the middle (flow models)"
+    )
+    timestep_logit_mean: Number = Field(0.0, description="logit_normal: above 0 prefers noise")
+    timestep_logit_scale: Positive = Field(1.0, description="logit_normal: below 1 is closer to the middle")
+    timestep_shift: Annotated[float | Literal["auto"] | None, BeforeValidator(_shift)] = Field(
+        None, description="above 1 moves time towards noise (flow models); auto: by the image's size; None is the model's own"
+    )
+    timestep_range: Annotated[tuple[float, float], BeforeValidator(_window)] = Field(
+        (0.0, 1.0), description="the part of the noise that is trained on, from 0 (image) to 1 (noise): 0.2,0.8"
+    )
+    snr_gamma: NotNegative | None = Field(
+        None, description="min-SNR loss weights, usually 5 (epsilon and v models); 0 or None weighs every time alike"
+    )
+    use_ema: bool = Field(False, description="draw and export a moving average of the weights; checkpoints hold both")
+    ema_decay: Fraction = Field(0.995, description="share of the average that one step keeps; lower in the first steps")
     mixed_precision: Literal["no", "bf16"] = Field(
         "bf16", description="bf16: frozen weights and arithmetic in bfloat16, adapter in float32"
     )
@@ -291,6 +356,14 @@ class RunConfig(_Strict):
     def has_controlnet(self) -> bool:
         """Whether a ControlNet takes part, trained or frozen."""
         return self.controlnet or self.controlnet_model_name_or_path is not None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prodigy_s_rate(cls, values: Any) -> Any:
+        """Prodigy finds the step size itself, and its learning rate is a factor of it: 1 unless something else is given."""
+        if isinstance(values, dict) and values.get("optimizer") == "prodigy":
+            return {"learning_rate": 1.0} | values
+        return values
 
     def target_request(self) -> TargetRequest:
         """What a LoRA is to be attached to."""

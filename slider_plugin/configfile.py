@@ -26,6 +26,7 @@ from slider_plugin.known_keys import (
     ENTRY_KEYS,
     ENTRY_RENAMED,
     FOREIGN_DATA,
+    MEANT,
     PROMPT_KEYS,
     PROMPT_RENAMED,
     REGULARISATION,
@@ -194,6 +195,7 @@ class _Reader:
         fields, values = model.model_fields, {}
         for key, value in written.items():
             name = _plain_name(str(key))
+            name, value = MEANT.get((name, _typed(bool, value)), (name, value)) if model is RunConfig else (name, value)
             name = name if name in fields else SPELLINGS[model].get(name, name)
             if name in fields and name != "family_options":
                 if name in values:
@@ -478,10 +480,8 @@ class _Reader:
                     self.problems.append(f"{where}: {plain_words(problem, model)}")
                 told.add(key)
             return None
-        if isinstance(config, RunConfig) and config.lr_warmup_steps >= config.max_train_steps and config.lr_warmup_steps:
-            self.problems.append(
-                f"{where}: lr_warmup_steps: {config.lr_warmup_steps} is no less than max_train_steps {config.max_train_steps}"
-            )
+        if isinstance(config, RunConfig):
+            self.problems += (f"{where}: {problem}" for problem in _together(config))
         return config
 
 
@@ -490,6 +490,16 @@ class _Missing:
 
 
 # --- Small helpers ----------------------------------------------------------------------------------------------------
+
+
+def _together(config: RunConfig) -> Iterable[str]:
+    """What two keys that are right by themselves have against each other."""
+    if config.lr_warmup_steps >= config.max_train_steps and config.lr_warmup_steps:
+        yield f"lr_warmup_steps: {config.lr_warmup_steps} is no less than max_train_steps {config.max_train_steps}"
+    if config.lr_scheduler == "polynomial" and config.lr_end >= config.learning_rate:
+        yield f"lr_end: {config.lr_end:g} is no less than learning_rate {config.learning_rate:g}; give a smaller one"
+    if config.timestep_sampling == "uniform" and (config.timestep_logit_mean, config.timestep_logit_scale) != (0.0, 1.0):
+        yield "timestep_logit_mean, timestep_logit_scale: they mean nothing to uniform; write timestep_sampling: logit_normal"
 
 
 def _plain_name(key: str) -> str:

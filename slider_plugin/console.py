@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,7 +37,7 @@ class Ticker:
 
     def __init__(self, total: int, done: int, progress: Progress | None, name: str) -> None:
         self._total, self._progress, self._name = total, progress, name
-        self._every = max(1, total // PLAIN_LINES)
+        self._every, self._done, self._started = max(1, total // PLAIN_LINES), done, time.perf_counter()
         self._task = progress.add_task(name, total=total, completed=done, note="") if progress else None
 
     def tick(self, done: int, note: str) -> None:
@@ -44,7 +45,12 @@ class Ticker:
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=done, note=escape(note))
         elif done % self._every == 0 or done == self._total:
-            say(f"{self._name} {done}/{self._total} {note}")
+            say(f"{self._name} {done}/{self._total} {note}  {self._left(done)} left")
+
+    def _left(self, done: int) -> str:
+        """The time that is left at the rate so far, as the bar has it: hours, minutes, seconds."""
+        seconds = round((time.perf_counter() - self._started) / max(1, done - self._done) * (self._total - done))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from slider_plugin.config import RunConfig
 from slider_plugin.preflight import Preflight, preflight
 from slider_plugin.registry import Plugins
 from slider_plugin.targets import TargetPlan, listed
+from slider_plugin.training.optimizers import KINDS
 
 if TYPE_CHECKING:
     from slider_plugin.family import LoadedFamily
@@ -69,7 +70,8 @@ def _target_rows(facts: Table, plan: TargetPlan) -> None:
 def _memory(config: RunConfig, base: int, trainable: int) -> str:
     """Weights at rest; activations depend on resolution and batch and are not in it."""
     frozen = base * (2 if config.mixed_precision == "bf16" else 4)
-    training = trainable * 4 * 4  # weight, gradient and the two moments of AdamW, float32 each
+    average = 4 if config.use_ema else 0
+    training = trainable * (4 + 4 + KINDS[config.optimizer].state_bytes + average)  # weight and gradient are float32
     return f"{(frozen + training) / GIB:.2f} GiB for denoiser, adapter and optimizer; activations and encoders come on top"
 
 
@@ -99,7 +101,8 @@ def _steps(config: RunConfig, checked: Preflight) -> list[RenderableType]:
     factor, formula = _factor(config)
     effective = ", ".join(f"{config.learning_rate * factor * s:.2g} at |strength| {s:g}" for s in strengths)
     facts.add_row("one step", f"{checked.draws_per_step} draws of {config.train_batch_size} images, cycle of {checked.cycle}")
-    facts.add_row("steps", f"{config.max_train_steps}, {config.lr_scheduler} from {config.learning_rate:g}")
+    rate = f"{config.lr_scheduler} from {config.learning_rate:g}"
+    facts.add_row("steps", f"{config.max_train_steps} of {config.optimizer}, {rate}")
     facts.add_row("step size", f"learning rate x {formula} ({factor:g}) x |strength|: {effective}")
     if any(not b.strength for b in checked.buckets):
         facts.add_row("neutral", f"the frozen model is preserved at +{checked.neutral_scale:g} and -{checked.neutral_scale:g}")

@@ -82,9 +82,10 @@ _MIRROR = "a slider must mirror, and DoRA is not linear in its strength; use a p
 _QUANT = "weights are not quantised here; write no_change"
 _EPOCHS = "steps are counted here, not epochs; use max_train_steps"
 _WEIGHTS = "every part comes from pretrained_model_name_or_path; put it into a copy of that folder"
-_EMA = "there is no moving average here"
-_SCHEDULE = "training follows the noise schedule that the model was published with; take it out"
-_TIMESTEPS = "timesteps are drawn as the model's own training drew them; take it out"
+_EMA = "the moving average stays on the device and follows every step"
+_RATE = "the learning rate is what learning_rate says; take it out"
+_TIMES = "use timestep_sampling, timestep_shift and timestep_range; take it out"
+_TIMESTEPS = "timesteps are drawn alike for every bucket; use timestep_range for all of them, and take it out"
 _MEMORY = "a matter of memory and speed; use gradient_checkpointing or a smaller resolution if memory is short"
 _GUIDANCE = "this family has no such setting"
 _PICTURES = "a matter of pictures that are not drawn here"
@@ -146,19 +147,33 @@ CONFIG_KEYS: Mapping[str, Known] = {
     "num_train_epochs": _refused(1, _EPOCHS, 0),
     "strict_epoch_limit": _ignored(False, _EPOCHS),
     "ignore_final_epochs": _ignored(False, _EPOCHS),
-    "optimizer_config": _refused(None, "use adam_beta1, adam_beta2, adam_weight_decay and adam_epsilon", {}),
+    "optimizer_cpu_offload_method": _ignored(None, "the optimizer stays on the device"),
+    "optimizer_release_gradients": _ignored(False, _MEMORY),
+    "lr_scale": _refused(False, _RATE, False),
+    "lr_scale_sqrt": _ignored(False, "it belongs to lr_scale"),
     "grad_clip_method": _refused("value", "the gradient's norm is clipped, at max_grad_norm", "norm"),
-    "use_ema": _refused(False, _EMA + "; take it out", False),
-    "ema_decay": _ignored(0.995, _EMA),
-    "snr_gamma": _refused(None, "every timestep weighs the same, or the two directions would not; take it out", 0),
+    "ema_device": _ignored("cpu", _EMA),
+    "ema_cpu_only": _ignored(False, _EMA),
+    "ema_foreach_disable": _ignored(False, _EMA),
+    "ema_update_interval": _refused(None, _EMA + "; take it out", 1),
+    "ema_validation": _refused("comparison", "with use_ema pictures are drawn with the average; write ema_only", "ema_only"),
+    "use_soft_min_snr": _refused(False, "use snr_gamma, which is min-SNR itself; take it out", False),
     "noise_offset": _refused(
         0.1, "no offset is added, as it shifts brightness whichever way the slider goes; take it out or write 0", 0, strict=True
     ),
     "loss_type": _refused("l2", "the loss is l2; take it out", "l2"),
     "prediction_type": _refused(None, "what the model predicts is read from its own files; take it out"),
-    "flow_schedule_shift": _refused(3.0, _SCHEDULE),
-    "flow_schedule_auto_shift": _refused(False, _SCHEDULE, False),
-    "timestep_bias_strategy": _refused("none", _TIMESTEPS, None),
+    "flow_schedule_auto_shift": _refused(False, "write timestep_shift: auto", False),
+    "flow_use_uniform_schedule": _ignored(False, "timestep_sampling says how times are drawn: uniform or logit_normal"),
+    "flow_use_beta_schedule": _refused(False, _TIMES, False),
+    "flow_beta_schedule_alpha": _ignored(2.0, "it belongs to flow_use_beta_schedule"),
+    "flow_beta_schedule_beta": _ignored(2.0, "it belongs to flow_use_beta_schedule"),
+    "flow_custom_timesteps": _refused(None, _TIMES),
+    "timestep_bias_strategy": _refused("none", "use timestep_range, which trains on a part of the noise; take it out", None),
+    "timestep_bias_begin": _ignored(0, "it belongs to timestep_bias_strategy"),
+    "timestep_bias_end": _ignored(1000, "it belongs to timestep_bias_strategy"),
+    "timestep_bias_multiplier": _ignored(1.0, "it belongs to timestep_bias_strategy"),
+    "timestep_bias_portion": _ignored(0.25, "it belongs to timestep_bias_strategy"),
     "flux_guidance_mode": _refused("constant", _GUIDANCE),
     "flux_guidance_value": _refused(1.0, _GUIDANCE),
     "post_checkpoint_script": _refused(None, "no scripts are run; call it after the training"),
@@ -258,8 +273,18 @@ RENAMED: Mapping[str, str] = {
     "checkpointing_steps": "checkpoint_step_interval",
     "validation_steps": "validation_step_interval",
     "validation_lycoris_strength": "validation_adapter_strength",
+    "optimizer_beta1": "adam_beta1",
+    "optimizer_beta2": "adam_beta2",
+    "flow_schedule_shift": "timestep_shift",
+    "flow_sigmoid_scale": "timestep_logit_scale",
 }
 """Other names of our own keys."""
+
+MEANT: Mapping[tuple[str, Any], tuple[str, Any]] = {
+    ("flow_schedule_auto_shift", True): ("timestep_shift", "auto"),
+    ("flow_use_uniform_schedule", True): ("timestep_sampling", "uniform"),
+}
+"""Other tools' switches, and the key and the value of ours that one asks for when it is on."""
 
 ENTRY_RENAMED: Mapping[str, str] = {"disable": "disabled"}
 """Other names of a bucket's keys."""
@@ -271,6 +296,7 @@ _SAMPLED_CROP = Value("crops are square or keep the image's own aspect; write sq
 _COLUMNS = Value("captions come from file names, text files or instance_prompt; write filename, textfile or instanceprompt")
 _TRACKER = Value("metrics.jsonl is always written; write none or tensorboard")
 
+_PLAIN = Value("AdamW in float32 is used", instead="adamw")
 _MOVED = Value("it does not begin as the base model, so strength 0 would not be the base; write default or gaussian")
 
 VALUES: Mapping[str, Mapping[Any, Value]] = {
@@ -279,7 +305,14 @@ VALUES: Mapping[str, Mapping[Any, Value]] = {
         True: Value("", instead="default"),
         **dict.fromkeys(("pissa", "olora", "loftq", "eva", "corda", "orthogonal"), _MOVED),
     },
-    "optimizer": {"adamw_bf16": Value("AdamW in float32 is used", instead="adamw")},
+    "optimizer": {
+        **dict.fromkeys(("adamw_bf16", "optimi-adamw", "bnb-adamw", "bnb-adamw-paged", "deepspeed-adamw"), _PLAIN),
+        "torch-adamw": Value("", instead="adamw"),
+        "bnb-adamw8bit": Value("", instead="adamw8bit"),
+        "bnb-adamw8bit-paged": Value("its state stays on the device: adamw8bit is used", instead="adamw8bit"),
+        "ao-adamw8bit": Value("adamw8bit, that of bitsandbytes, is used", instead="adamw8bit"),
+        "adamw_schedulefree+no_kahan": Value("", instead="adamw_schedulefree"),  # weights are float32 here
+    },
     "mixed_precision": {
         False: Value("", instead="no"),  # YAML reads a bare `no` as false
         "fp16": Value("float16 gradients underflow without loss scaling; write bf16 or no"),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from slider_hooks import Family
@@ -23,6 +22,8 @@ from slider_plugin.errors import ConfigError, UserError
 from slider_plugin.files import check_writable
 from slider_plugin.loading import check_folder, denoiser_class_of, denoiser_config, model_folder, on_meta, pipeline_class_of
 from slider_plugin.targets import TargetPlan
+from slider_plugin.training.optimizers import KINDS, check_optimizer, optimizer_warnings
+from slider_plugin.training.times import time_problems
 from slider_plugin.validation.render import check_image
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ def preflight(config: RunConfig, family: LoadedFamily) -> Preflight:
     problems.extend(controlnet_problems(config, family.facts))
     _or_note(problems, lambda: check_frozen(config, family.facts, denoiser))
     _or_note(problems, lambda: check_start(config, family, targets))
+    _or_note(problems, lambda: check_optimizer(config))
+    _or_note(problems, lambda: check_times(config, family, model))
     opened = _or_note(problems, lambda: open_buckets(config, alignment(config)))
     problems.extend(foreign_data(config, family.facts))
     _or_note(problems, lambda: check_output(config))
@@ -98,7 +101,7 @@ def _or_note(problems: list[str], work: Callable[[], T]) -> T | None:
 def _facts(config: RunConfig, model: str, targets: TargetPlan | None, denoiser: Module | None, opened: Buckets) -> Preflight:
     cycle = cycle_length([b.info(config.train_batch_size) for b in opened.buckets])
     draws = -(-config.gradient_accumulation_steps // cycle) * cycle
-    warnings = [*opened.warnings, *(targets.warnings if targets else ())]
+    warnings = [*opened.warnings, *(targets.warnings if targets else ()), *optimizer_warnings(config)]
     if draws != config.gradient_accumulation_steps and cycle > 1:
         warnings.append(
             f"gradient_accumulation_steps {config.gradient_accumulation_steps} is rounded up to {draws}: each optimizer step "
@@ -176,10 +179,22 @@ def _check_first_frame(config: RunConfig, family: LoadedFamily, model: str) -> N
     """Raise UserError unless the pipeline of a folder gets the image that it begins with, and that is an image."""
     if config.validation_image is not None:
         check_image_file(config.validation_image, config.max_image_pixels)
-    folder = model_folder(family.facts, model)
-    pipeline_class = None if folder is None else pipeline_class_of(folder)
+    pipeline_class = _pipeline_class(family, model)
     if pipeline_class is not None:
         check_image(pipeline_class, image_file(config))
+
+
+def check_times(config: RunConfig, family: LoadedFamily, model: str | None) -> None:
+    """Raise ConfigError for keys about times and their weights that mean nothing to this family."""
+    by_size = config.timestep_shift == "auto"
+    if problems := time_problems(config, family.facts, _pipeline_class(family, model) if by_size else None):
+        raise ConfigError(problems)
+
+
+def _pipeline_class(family: LoadedFamily, model: str | None) -> type | None:
+    """The class of a pipeline folder; None where it is not known beforehand."""
+    folder = model_folder(family.facts, model) if model else None
+    return None if folder is None else pipeline_class_of(folder)
 
 
 def _most_common_size(opened: Buckets) -> tuple[int, int]:
@@ -238,12 +253,13 @@ def _edge(resolution: float, unit: str) -> float:
 
 def check_output(config: RunConfig) -> None:
     """Raise UserError if the output folder cannot be written, or holds a run that this one would overwrite."""
-    from slider_plugin.training.checkpoint import checkpoints, verify
+    from slider_plugin.training.checkpoint import assert_fits, checkpoints, find_checkpoint, verify
 
     check_writable(config.output_dir)
     resume = config.resume_from_checkpoint
-    if resume and resume != "latest":
-        verify(Path(resume))
+    if resume and (resume != "latest" or checkpoints(config.output_dir)):
+        path = find_checkpoint(resume, config.output_dir, lambda line: None)  # damaged ones are told when the run goes on
+        assert_fits(path, verify(path), KINDS[config.optimizer].class_name, config.use_ema)
     if not resume and (checkpoints(config.output_dir) or (config.output_dir / EXPORTED).exists()):
         raise UserError(
             f"output_dir: {config.output_dir} holds a run already; set resume_from_checkpoint to latest to go on with it, "

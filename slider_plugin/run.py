@@ -10,6 +10,7 @@ from slider_plugin.adapters.attach import attach_file
 from slider_plugin.config import RunConfig
 from slider_plugin.preflight import preflight
 from slider_plugin.registry import Plugins
+from slider_plugin.training.watch import reporting
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +42,10 @@ def train(config: RunConfig) -> Outcome:
     data = stages.encode(config, family, components, checked, machine)
     sampler = family.build_sampler(data.infos(), config.seed, config.data_backend_sampling, checked.neutral_scale)
     trainer = stages.build_trainer(config, family, components, adapter, data, sampler, checked, machine)
-    finished, seconds = stages.run(config, trainer, checked)
-    exported = stages.export(config, family, adapter, targets, checked, trainer.step) if finished else None
-    images = stages.validate(config, family, components, adapter, checked, trainer.step) if finished else None
+    with reporting(config, machine):
+        finished, seconds = stages.run(config, trainer, checked)
+        exported = stages.export(config, trainer, targets, checked) if finished else None
+        images = stages.validate(config, trainer, checked) if finished else None
     return Outcome(finished, exported, images, trainer.step, seconds)
 
 
@@ -54,4 +56,4 @@ def validate(config: RunConfig, adapter_file: Path, folder: Path) -> Path:
     machine = stages.open_machine(config)
     components = stages.load_model(config, family, model, machine)
     adapter = attach_file(adapter_file, family, components)
-    return stages.draw(config, family, components, adapter, size, folder, 0)
+    return stages.draw(config, family, components, adapter, size, folder, 0).folder

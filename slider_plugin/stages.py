@@ -44,12 +44,15 @@ from slider_plugin.preflight import (
 )
 from slider_plugin.targets import TargetPlan
 from slider_plugin.training.checkpoint import Position, find_checkpoint, load_checkpoint, save_checkpoint, verify
+from slider_plugin.training.ema import Ema, finished_weights
 from slider_plugin.training.loop import StepReport, Trainer
 from slider_plugin.training.noise import noise_process
+from slider_plugin.training.optimizers import make_optimizer, make_schedule
 from slider_plugin.training.pairing import Pairing
 from slider_plugin.training.seeds import derived_seed
-from slider_plugin.training.watch import Metrics, interruptible
-from slider_plugin.validation.render import DrawSettings, ScalableAdapter, check_image, render
+from slider_plugin.training.times import Times
+from slider_plugin.training.watch import Metrics, interruptible, log_images
+from slider_plugin.validation.render import DrawSettings, Rendered, ScalableAdapter, check_image, render
 
 if TYPE_CHECKING:
     from slider_plugin.family import LoadedFamily
@@ -200,28 +203,18 @@ def build_trainer(
     machine: Accelerator,
 ) -> Trainer:
     """Bring optimizer, schedule and noise together, and go back to a checkpoint if one is asked for."""
-    from diffusers.optimization import get_scheduler
-
-    optimizer = torch.optim.AdamW(
-        adapter.parameters(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-    )
-    schedule = get_scheduler(
-        config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.max_train_steps
-    )
+    optimizer = make_optimizer(config, adapter.parameters())
     trainer = Trainer(
         family=family,
         components=components,
         adapter=adapter,
         data=data,
         sampler=sampler,
-        noise=noise_process(family.facts, components),
+        noise=noise_process(family.facts, components, Times.of(config)),
         accelerator=machine,
         optimizer=optimizer,
-        schedule=schedule,
+        schedule=make_schedule(config, optimizer),
+        ema=Ema(adapter.named_parameters(), config.ema_decay) if config.use_ema else None,
         seed=config.seed,
         cycle=checked.cycle,
         draws_per_step=checked.draws_per_step,
@@ -248,7 +241,7 @@ def _resume(config: RunConfig, trainer: Trainer) -> bool | None:
     """Go back to a checkpoint; returns whether draws shared forwards there, or None if it does not say."""
     assert config.resume_from_checkpoint
     path = find_checkpoint(config.resume_from_checkpoint, config.output_dir, console.say)
-    position = load_checkpoint(path, trainer.adapter, trainer.optimizer)
+    position = load_checkpoint(path, trainer.adapter, trainer.optimizer, trainer.ema)
     try:
         trainer.sampler.load_state_dict(position.sampler)
     except ValueError as error:
@@ -285,7 +278,7 @@ def run(config: RunConfig, trainer: Trainer, checked: Preflight) -> tuple[bool, 
             if _due(report.step, config.checkpoint_step_interval) or interrupt.asked:
                 _checkpoint(config, trainer)
             if _due(report.step, config.validation_step_interval) and report.step < config.max_train_steps:
-                validate(config, trainer.family, trainer.components, trainer.adapter, checked, report.step)
+                validate(config, trainer, checked)
             return interrupt.asked
 
         finished = trainer.run(config.max_train_steps, after)
@@ -301,7 +294,7 @@ def _checkpoint(config: RunConfig, trainer: Trainer) -> None:
     position = Position(trainer.step, trainer.sampler.state_dict(), trainer.schedule.state_dict())
     facts = {"plugin": trainer.family.describe(), "rank": config.lora_rank, PAIRED: trainer.pairing.on}
     path = save_checkpoint(
-        config.output_dir, trainer.adapter, trainer.optimizer, position, facts, config.checkpoints_total_limit
+        config.output_dir, trainer.adapter, trainer.optimizer, trainer.ema, position, facts, config.checkpoints_total_limit
     )
     trainer.family.observe("checkpoint", step=trainer.step, path=path)
 
@@ -309,14 +302,15 @@ def _checkpoint(config: RunConfig, trainer: Trainer) -> None:
 # --- Results ----------------------------------------------------------------------------------------------------------
 
 
-def validate(
-    config: RunConfig, family: LoadedFamily, components: Components, adapter: Adapter, checked: Preflight, step: int
-) -> Path | None:
-    """Draw the validation of a run; None where there is nothing to draw."""
+def validate(config: RunConfig, trainer: Trainer, checked: Preflight) -> Path | None:
+    """Draw the validation of a run with its finished weights; None where there is nothing to draw."""
     if not draws(config):
         return None
-    size = validation_size(config) or checked.size
-    return draw(config, family, components, adapter, size, config.output_dir / "validation_images", step)
+    size, folder = validation_size(config) or checked.size, config.output_dir / "validation_images"
+    with finished_weights(trainer.optimizer, trainer.ema):
+        drawn = draw(config, trainer.family, trainer.components, trainer.adapter, size, folder, trainer.step)
+    log_images(trainer.accelerator, drawn, trainer.step)
+    return drawn.folder
 
 
 def draw(
@@ -327,7 +321,7 @@ def draw(
     size: tuple[int, int],
     folder: Path,
     step: int,
-) -> Path:
+) -> Rendered:
     """Draw prompts, strips and the contact sheet into `folder/step_...`."""
     first_seed = config.seed if config.validation_seed is None else config.validation_seed
     guidance = family.facts.guidance_scale if config.validation_guidance is None else config.validation_guidance
@@ -356,7 +350,7 @@ def draw(
     )
     console.say(f"validation: {rendered.contact_sheet or rendered.folder}")
     family.observe("validation", step=step, path=rendered.folder)
-    return rendered.folder
+    return rendered
 
 
 def validation_size(config: RunConfig) -> tuple[int, int] | None:
@@ -367,10 +361,9 @@ def validation_size(config: RunConfig) -> tuple[int, int] | None:
     return int(width), int(height or width)
 
 
-def export(
-    config: RunConfig, family: LoadedFamily, adapter: Adapter, targets: TargetPlan, checked: Preflight, steps: int
-) -> Path:
-    """Write the slider as a diffusers file; done only after it was read back and compared."""
+def export(config: RunConfig, trainer: Trainer, targets: TargetPlan, checked: Preflight) -> Path:
+    """Write the slider, with its finished weights, as a diffusers file; done only after it was read back and compared."""
+    family, adapter = trainer.family, trainer.adapter
     metadata = slider_metadata(
         family=family.facts.name,
         flavour=config.model_flavour,
@@ -380,16 +373,17 @@ def export(
         targets_source=targets.source,
         strengths=sorted({b.strength or 0.0 for b in checked.buckets}),
         adapter=adapter.facts(),
-        steps=steps,
+        steps=trainer.step,
         seed=config.seed,
         base_model=checked.model,
         objective="bucket",
         extra=_extra(config, family),
     )
     path = config.output_dir / EXPORTED
-    report = adapter.export(path, component_of(config, family), metadata, torch.float32)
+    with finished_weights(trainer.optimizer, trainer.ema):
+        report = adapter.export(path, component_of(config, family), metadata, torch.float32)
     console.say(f"slider: {report.path} ({report.modules} modules, {report.size / 1e6:.1f} MB)")
-    family.observe("exported", step=steps, path=path)
+    family.observe("exported", step=trainer.step, path=path)
     return path
 
 
@@ -404,6 +398,8 @@ def _extra(config: RunConfig, family: LoadedFamily) -> dict[str, str]:
                 "scale": config.controlnet_conditioning_scale,
             }
         )
+    if config.use_ema:
+        extra["slider.ema"] = f"{config.ema_decay:g}"
     if config.family_options:
         extra["slider.options"] = json.dumps(config.family_options, sort_keys=True)
     return extra

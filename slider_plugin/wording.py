@@ -72,14 +72,16 @@ def kind_of(value: Any) -> str:
 def _written(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple):
+        return ",".join(f"{v:g}" for v in value)
+    return "" if value == {} else str(value)
 
 
 def _type_text(annotation: Any) -> str:
     """A type as people say it."""
     parts = list(_leaves(annotation))
     if choices := [part for part in parts if isinstance(part, str)]:
-        return " | ".join(choices)
+        return " | ".join(["number"] * (float in parts) + choices)
     words = {tuple: "list", bool: "true | false", Path: "path", float: "number", int: "whole number", str: "text"}
     return next(word for kind, word in words.items() if kind in parts)
 

@@ -105,6 +105,39 @@ def test_a_file_as_the_users_have_it(project: Callable[..., Path]) -> None:
     assert not any(key in text for key in ("loss_type", "noise_offset", "use_ema", "push_to_hub", "num_train_epochs"))
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ({"flow_schedule_shift": 3}, {"timestep_shift": 3.0}),
+        ({"flow_schedule_auto_shift": "true"}, {"timestep_shift": "auto"}),
+        ({"flow_schedule_auto_shift": False, "flow_schedule_shift": 3}, {"timestep_shift": 3.0}),
+        ({"flow_sigmoid_scale": 1.0}, {"timestep_logit_scale": 1.0, "timestep_sampling": "uniform"}),
+        ({"flow_sigmoid_scale": 0.5, "timestep_sampling": "logit_normal"}, {"timestep_logit_scale": 0.5}),
+        ({"flow_use_uniform_schedule": True}, {"timestep_sampling": "uniform"}),
+        ({"optimizer_beta1": 0.8, "optimizer_beta2": 0.95}, {"adam_beta1": 0.8, "adam_beta2": 0.95}),
+        ({"optimizer": "prodigy"}, {"learning_rate": 1.0}),
+        ({"optimizer": "prodigy", "learning_rate": 0.5}, {"learning_rate": 0.5}),
+        ({"optimizer": "bnb-adamw8bit"}, {"optimizer": "adamw8bit"}),
+        ({"optimizer": "optimi-adamw"}, {"optimizer": "adamw"}),
+        ({"optimizer": "adamw_schedulefree+no_kahan"}, {"optimizer": "adamw_schedulefree"}),
+        ({"optimizer_config": "d_coef=2, decouple=false"}, {"optimizer_config": {"d_coef": "2", "decouple": "false"}}),
+        ({"optimizer_config": None}, {"optimizer_config": {}}),
+        ({"snr_gamma": 0}, {"snr_gamma": 0.0}),
+    ],
+)
+def test_times_and_optimizers_in_other_spellings(
+    project: Callable[..., Path], written: dict[str, Any], meant: dict[str, Any]
+) -> None:
+    config, _ = read_config(project(**written))
+    assert {key: getattr(config, key) for key in meant} == meant
+
+
+def test_one_thing_under_two_spellings(project: Callable[..., Path]) -> None:
+    assert "timestep_shift is given twice" in problems(project(flow_schedule_shift=3, flow_schedule_auto_shift=True))
+    polynomial = project(lr_scheduler="polynomial", learning_rate=1e-5, lr_end=1e-4)
+    assert "lr_end: 0.0001 is no less than learning_rate" in problems(polynomial)
+
+
 def test_the_snippets_of_the_specification(project: Callable[..., Path], tmp_path: Path) -> None:
     flags = ["--model_family", "sdxl", "--data_backend_config", str(tmp_path / "buckets.json")]
     quick = {"model_type": "lora", "lora_type": "standard", "slider_lora_target": True, "lora_rank": 16, "learning_rate": 5e-5}
@@ -248,7 +281,24 @@ def test_every_problem_at_once(project: Callable[..., Path], tmp_path: Path) -> 
         ("report_to", "wandb", "tensorboard"),
         ("data_backend_sampling", {"a": 1}, "uniform"),
         ("model_type", "full", "adapter"),
-        ("optimizer", "prodigy", "adamw"),
+        ("optimizer", "optimi-lion", "prodigy"),
+        ("optimizer_config", "d_coef", "d_coef=2"),
+        ("optimizer_config", "d_coef=1,d_coef=2", "twice"),
+        ("timestep_sampling", "sigmoid", "logit_normal"),
+        ("timestep_logit_mean", 1.0, "logit_normal"),
+        ("timestep_shift", 0, "above 0 nor auto"),
+        ("timestep_shift", "big", "above 0 nor auto"),
+        ("timestep_range", "0.8,0.2", "two rising numbers"),
+        ("timestep_range", [0.0, 1.5], "two rising numbers"),
+        ("timestep_range", 0.5, "two rising numbers"),
+        ("flow_custom_timesteps", "1000,500", "timestep_range"),
+        ("flow_use_beta_schedule", True, "timestep_sampling"),
+        ("timestep_bias_strategy", "later", "timestep_range"),
+        ("snr_gamma", -1, "at least 0"),
+        ("ema_decay", 1, "below 1"),
+        ("ema_update_interval", 10, "every step"),
+        ("ema_validation", "comparison_only", "ema_only"),
+        ("lr_scale", True, "learning_rate"),
         ("resume_from_checkpoint", "nowhere", "latest"),
         ("output_dir", "", "output_dir"),
         ("lr_warmup_steps", 101, "max_train_steps"),
@@ -502,6 +552,9 @@ CHANGED: dict[str, Any] = {
     "train_batch_size": 2, "gradient_accumulation_steps": 3, "gradient_checkpointing": True, "learning_rate": 3e-7,
     "signs_in_one_forward": "yes",
     "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_weight_decay": 0, "adam_epsilon": 1e-6, "lr_scheduler": "cosine",
+    "optimizer": "adamw8bit", "optimizer_config": "min_8bit_size=16", "lr_num_cycles": 3, "lr_power": 2, "lr_end": 0,
+    "timestep_sampling": "logit_normal", "timestep_logit_mean": 0.5, "timestep_logit_scale": 2, "timestep_shift": "auto",
+    "timestep_range": "0.1,0.9", "snr_gamma": 5, "use_ema": True, "ema_decay": 0.9,
     "lr_warmup_steps": 2, "max_grad_norm": 0, "mixed_precision": "no", "seed": 2**62, "output_dir": "out",
     "checkpoint_step_interval": 5, "checkpoints_total_limit": 9, "resume_from_checkpoint": "latest", "report_to": "tensorboard",
     "tracker_project_name": "p", "validation_negative_prompt": None, "validation_adapter_strength": -1,
@@ -528,7 +581,7 @@ def test_round_trip(project: Callable[..., Path], tmp_path: Path) -> None:
     path = project(**changed, user_prompt_library="p.json", validation_prompt="z")
     buckets(path, entry("more") | BUCKET, entry("less", 1))
     config, _ = read_config(path, (), families)
-    read_in = {"model_type", "optimizer", "data_backend_config", "user_prompt_library", "validation_prompt", "lycoris_config"}
+    read_in = {"model_type", "data_backend_config", "user_prompt_library", "validation_prompt", "lycoris_config"}
     usual = RunConfig(model_family="sdxl")
     assert {name for name in RunConfig.model_fields if getattr(config, name) == getattr(usual, name)} <= read_in
     usual_bucket = BucketConfig(id="x", instance_data_dir=Path("x"))

@@ -1,7 +1,8 @@
 """Checkpoints: everything a run needs to go on exactly where it was, without a frozen weight and without pickle.
 
-A checkpoint is a folder `checkpoint-000500` that appears whole or not at all: `adapter.safetensors`, `optimizer.safetensors`
-and `state.json`, which holds the position and the hash of the other two.
+A checkpoint is a folder `checkpoint-000500` that appears whole or not at all: `adapter.safetensors` (the weights that train,
+not their average), `optimizer.safetensors`, with use_ema `ema.safetensors`, and `state.json`, which holds the position, the
+numbers of the optimizer's state and the hashes of the others.
 """
 
 from __future__ import annotations
@@ -10,22 +11,23 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from slider_plugin.adapters.base import Adapter
 from slider_plugin.errors import UserError
 from slider_plugin.files import folder_replacing
+from slider_plugin.training.ema import Ema
+from slider_plugin.training.optimizers import load_optimizer, optimizer_numbers, optimizer_tensors
 
-FORMAT = 1
+FORMAT = 2
 NAME = re.compile(r"checkpoint-(\d{6,})")
-ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
+ADAPTER, OPTIMIZER, EMA, STATE = "adapter.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,21 +45,32 @@ class Position:
 
 
 def save_checkpoint(
-    folder: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, position: Position, facts: dict[str, Any], keep: int
+    folder: Path,
+    adapter: Adapter,
+    optimizer: torch.optim.Optimizer,
+    ema: Ema | None,
+    position: Position,
+    facts: dict[str, Any],
+    keep: int,
 ) -> Path:
     """Write `folder/checkpoint-<step>` and delete the oldest ones beyond `keep`; an existing one of that step stays."""
     path = folder / f"checkpoint-{position.step:06d}"
     if not path.exists():
+        named = adapter.named_parameters()
+        files = {ADAPTER: adapter.tensors(), OPTIMIZER: optimizer_tensors(optimizer, named)}
+        files |= {EMA: ema.tensors()} if ema else {}
         with folder_replacing(path) as temporary:
-            save_file(adapter.tensors(), temporary / ADAPTER, {"format": "pt"})
-            save_file(_optimizer_tensors(adapter, optimizer), temporary / OPTIMIZER, {"format": "pt"})
+            for name, tensors in files.items():
+                save_file(tensors, temporary / name, {"format": "pt"})
             state = {
                 "format": FORMAT,
                 "step": position.step,
                 "sampler": position.sampler,
                 "schedule": position.schedule,
+                "optimizer": optimizer_numbers(optimizer, named),
+                "ema_updates": ema.updates if ema else None,
                 "facts": facts,
-                "sha256": {name: _sha256(temporary / name) for name in (ADAPTER, OPTIMIZER)},
+                "sha256": {name: _sha256(temporary / name) for name in files},
             }
             (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
     for old in checkpoints(folder)[:-keep]:
@@ -65,12 +78,28 @@ def save_checkpoint(
     return path
 
 
-def load_checkpoint(path: Path, adapter: Adapter, optimizer: torch.optim.Optimizer) -> Position:
-    """Put a checkpoint's weights into adapter and optimizer. Raises UserError if it is damaged or another run's."""
+def load_checkpoint(path: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, ema: Ema | None) -> Position:
+    """Put a checkpoint's weights into adapter, optimizer and average. Raises UserError if it is damaged or another run's."""
     state = verify(path)
+    assert_fits(path, state, type(optimizer).__name__, ema is not None)
     adapter.load_tensors(load_file(path / ADAPTER), str(path))
-    _load_optimizer(adapter, optimizer, load_file(path / OPTIMIZER))
+    load_optimizer(optimizer, adapter.named_parameters(), load_file(path / OPTIMIZER), state["optimizer"])
+    if ema:
+        ema.load(load_file(path / EMA), state["ema_updates"], str(path))
     return Position(state["step"], state["sampler"], state["schedule"])
+
+
+def assert_fits(path: Path, state: Mapping[str, Any], optimizer_class: str, ema: bool) -> None:
+    """Raise UserError unless a checkpoint is of a run with this optimizer, and with a moving average or without."""
+    written_by = state["optimizer"]["class"]
+    if written_by != optimizer_class:
+        raise UserError(
+            f"optimizer: {path} was written with {written_by}, and this run has {optimizer_class}; resume with the same one, "
+            "or begin anew with the finished slider as init_lora"
+        )
+    if (EMA in state["sha256"]) != ema:
+        wrong = "holds no moving average; take use_ema out" if ema else "holds a moving average; set use_ema to true"
+        raise UserError(f"use_ema: {path} {wrong} to resume it")
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -80,7 +109,7 @@ def verify(path: Path) -> dict[str, Any]:
         recorded = state["sha256"]
         if state["format"] != FORMAT or not isinstance(state["step"], int):
             raise UserError(f"{path} is a checkpoint of another version (format {state['format']})")
-        for name in (ADAPTER, OPTIMIZER):
+        for name in (ADAPTER, OPTIMIZER, *(name for name in (EMA,) if name in recorded)):
             if _sha256(path / name) != recorded[name]:
                 raise UserError(f"{path} is damaged: {name} is not what was written. Resume from another checkpoint")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -115,24 +144,6 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def _children(folder: Path) -> Iterable[Path]:
     return folder.iterdir() if folder.is_dir() else ()
-
-
-def _optimizer_tensors(adapter: Adapter, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """`<parameter>//<state>` to tensor: safetensors instead of torch.save, which would be a pickle."""
-    tensors = {}
-    for name, parameter in adapter.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}//{key}"] = torch.as_tensor(value).detach().cpu().clone().contiguous()
-    return tensors
-
-
-def _load_optimizer(adapter: Adapter, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    parameters = dict(adapter.named_parameters())
-    for name, value in tensors.items():
-        parameter_name, key = name.split("//")
-        parameter = parameters[parameter_name]
-        on_host = key == "step"  # AdamW counts on the CPU
-        optimizer.state[parameter][key] = value if on_host else value.to(parameter.device)
 
 
 def _sha256(path: Path) -> str:

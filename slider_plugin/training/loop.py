@@ -23,7 +23,9 @@ from slider_plugin.adapters.samples import NotPerSample, Scale
 from slider_plugin.data.encode import Batch, Encoded
 from slider_plugin.errors import UserError
 from slider_plugin.objectives.bucket import learning_loss, preservation_loss
+from slider_plugin.training.ema import Ema
 from slider_plugin.training.noise import NoiseProcess
+from slider_plugin.training.optimizers import present_rate
 from slider_plugin.training.pairing import Pairing, why_not
 from slider_plugin.training.seeds import derived_seed, generator
 
@@ -63,6 +65,9 @@ class Trainer:
     bf16: bool
     """Arithmetic in bfloat16; not left to accelerate, whose precision is fixed for the life of a process."""
 
+    ema: Ema | None = None
+    """The moving average of the adapter's weights, where one is kept."""
+
     step: int = 0
     """Optimizer steps done."""
 
@@ -89,7 +94,9 @@ class Trainer:
         _assert_finite(draws, norm, self.step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        learning_rate = self.schedule.get_last_lr()[0]
+        learning_rate = present_rate(self.optimizer)
+        if self.ema:
+            self.ema.update()
         self.schedule.step()
         self.step += 1
         return StepReport(self.step, draws, float(norm), learning_rate, time.perf_counter() - started)
@@ -158,21 +165,22 @@ class Trainer:
         frozen_BCHW = self._frozen([question for question in questions if question.batch.draw.neutral])
         answers_BCHW = self._answers(questions)
         return [
-            preservation_loss(answer_BCHW, next(frozen_BCHW))
+            preservation_loss(answer_BCHW, next(frozen_BCHW), question.weight_B)
             if question.batch.draw.neutral
-            else learning_loss(answer_BCHW, question.target_BCHW)
+            else learning_loss(answer_BCHW, question.target_BCHW, question.weight_B)
             for question, answer_BCHW in zip(questions, answers_BCHW, strict=True)
         ]
 
     def _question(self, batch: Batch) -> Question:
         """A batch with noise; the draws of a cycle share it, and the time."""
         cycle = batch.draw.position // self.cycle
-        time_B = self.noise.draw_time(len(batch.files), generator(self.seed, "time", cycle))
+        time_B = self.noise.draw_time(len(batch.files), generator(self.seed, "time", cycle), tuple(batch.clean_BCHW.shape[2:]))
         noise_BCHW = torch.randn(batch.clean_BCHW.shape, generator=generator(self.seed, "noise", cycle)).to(
             batch.clean_BCHW.device
         )
         noisy_BCHW = self.noise.add_noise(batch.clean_BCHW, noise_BCHW, time_B)
-        return Question(batch, noisy_BCHW, time_B, self.noise.target(batch.clean_BCHW, noise_BCHW, time_B))
+        target_BCHW = self.noise.target(batch.clean_BCHW, noise_BCHW, time_B)
+        return Question(batch, noisy_BCHW, time_B, target_BCHW, self.noise.weight(time_B))
 
     def _frozen(self, questions: Sequence[Question]) -> Iterator[Tensor]:
         """The frozen model's answers, one forward without gradient."""
@@ -228,6 +236,9 @@ class Question:
     time_B: Tensor
     target_BCHW: Tensor
     """Of the images themselves; a neutral draw's is the frozen model's answer instead."""
+
+    weight_B: Tensor | None
+    """What the samples' losses are multiplied by; None where all weigh 1."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,18 @@ from torch import Tensor
 
 from slider_hooks import Components, Diffusion, Family, Flow
 from slider_plugin.errors import UserError
+from slider_plugin.training.times import WHOLE, Size, Times, even, intersection, logit_normal, shifted, size_shift, unshifted
 
 
 class NoiseProcess(Protocol):
     """What a training step needs to know about a noise process."""
 
-    def draw_time(self, count: int, generator: torch.Generator) -> Tensor:
-        """Random times `(count,)` in this process's own unit."""
+    def draw_time(self, count: int, generator: torch.Generator, size: Size = ()) -> Tensor:
+        """Random times `(count,)` in this process's own unit, for latents of a size."""
+        ...
+
+    def weight(self, time_B: Tensor) -> Tensor | None:
+        """What the loss of each sample is multiplied by, `(B,)` in float32; None where all weigh 1."""
         ...
 
     def at(self, share: float, count: int) -> Tensor:
@@ -48,15 +53,6 @@ def _like(values_B: Tensor, like_BCHW: Tensor) -> Tensor:
     return values_B.to(like_BCHW.device, torch.float32).reshape(-1, *(1,) * (like_BCHW.ndim - 1))
 
 
-WHOLE = (0.0, 1.0)
-"""All of the noise."""
-
-
-def _within(u_B: Tensor, low: float, high: float) -> Tensor:
-    """Uniform values brought from 0..1 into a part of it."""
-    return u_B if (low, high) == WHOLE else low + (high - low) * u_B
-
-
 @dataclass(frozen=True)
 class FlowProcess:
     """`x = (1 - sigma) x0 + sigma e`, `v = e - x0`. Times are sigma, 0 (image) to 1 (noise)."""
@@ -64,12 +60,19 @@ class FlowProcess:
     flow: Flow
     shift: float
     time_range: tuple[float, float] = WHOLE
+    logit: tuple[float, float] | None = None
+    shift_by_size: Callable[[Size], float] | None = None
 
-    def draw_time(self, count: int, generator: torch.Generator) -> Tensor:
-        """Uniform, then shifted towards noise: `s u / (1 + (s - 1) u)` (arXiv 2403.03206, eq. 23); inside `time_range`."""
-        low, high = (sigma / (self.shift - (self.shift - 1.0) * sigma) for sigma in self.time_range)
-        u_B = _within(torch.rand(count, generator=generator), low, high)
-        return self.shift * u_B / (1.0 + (self.shift - 1.0) * u_B)
+    def draw_time(self, count: int, generator: torch.Generator, size: Size = ()) -> Tensor:
+        """Uniform or logit-normal, then shifted towards noise (arXiv 2403.03206, section 3.1 and eq. 23), in `time_range`."""
+        shift = self.shift_by_size(size) if self.shift_by_size else self.shift
+        low, high = (unshifted(sigma, shift) for sigma in self.time_range)
+        u_B = torch.rand(count, generator=generator)
+        time_B: Tensor = shifted(logit_normal(u_B, *self.logit, low, high) if self.logit else even(u_B, low, high), shift)
+        return time_B
+
+    def weight(self, time_B: Tensor) -> Tensor | None:
+        return None
 
     def at(self, share: float, count: int) -> Tensor:
         return torch.full((count,), share)
@@ -99,10 +102,24 @@ class DiffusionProcess:
     prediction: str
     time_range: tuple[float, float] = WHOLE
     sign: int = 1
+    snr_gamma: float | None = None
 
-    def draw_time(self, count: int, generator: torch.Generator) -> Tensor:
+    def draw_time(self, count: int, generator: torch.Generator, size: Size = ()) -> Tensor:
         first, after_last = (round(share * len(self.alphas_cumprod_N)) for share in self.time_range)
         return torch.randint(first, after_last, (count,), generator=generator)
+
+    def weight(self, time_B: Tensor) -> Tensor | None:
+        """min-SNR: `min(snr, gamma) / snr` for epsilon, `min(snr, gamma) / (snr + 1)` for v; `snr = a / (1 - a)` (2303.09556).
+
+        Both weigh the error of the clean image by `min(snr, gamma)`; at snr 0, pure noise, the first is 1.
+        """
+        if self.snr_gamma is None:
+            return None
+        alpha_B = self.alpha_bar(time_B).float()
+        snr_B = alpha_B / (1.0 - alpha_B)
+        if self.prediction == "epsilon":
+            return (self.snr_gamma / snr_B).clamp(max=1.0)
+        return snr_B.clamp(max=self.snr_gamma) / (snr_B + 1.0)
 
     def at(self, share: float, count: int) -> Tensor:
         return torch.full((count,), round(share * (len(self.alphas_cumprod_N) - 1)), dtype=torch.long)
@@ -139,8 +156,8 @@ class ContinuousDiffusionProcess(DiffusionProcess):
     alpha_bar_at: Callable[[Tensor], Tensor] = torch.ones_like
     time: Callable[[Tensor], Tensor] | None = None
 
-    def draw_time(self, count: int, generator: torch.Generator) -> Tensor:
-        return _within(torch.rand(count, generator=generator), *self.time_range)
+    def draw_time(self, count: int, generator: torch.Generator, size: Size = ()) -> Tensor:
+        return even(torch.rand(count, generator=generator), *self.time_range)
 
     def at(self, share: float, count: int) -> Tensor:
         return torch.full((count,), share)
@@ -152,15 +169,23 @@ class ContinuousDiffusionProcess(DiffusionProcess):
         return time_B if self.time is None else self.time(time_B)
 
 
-def noise_process(family: Family, components: Components) -> NoiseProcess:
-    """The noise process that a family declares, with what its loaded scheduler adds."""
+def noise_process(family: Family, components: Components, times: Times | None = None) -> NoiseProcess:
+    """The noise process that a family declares, with what its loaded scheduler adds and what a run asks for.
+
+    Raises:
+        UserError: the scheduler is of another kind, or the run's window and the denoiser's part of the noise do not meet.
+    """
     config: Any = getattr(components.scheduler, "config", {})
+    times = times or Times()
+    window = intersection(times.window, components.time_range)
     if isinstance(family.noise, Flow):
         published = config.get("shift") or config.get("flow_shift") or 1.0  # two names: Euler's, and that of the multistep ones
-        shift = family.noise.shift if family.noise.shift is not None else published
-        return FlowProcess(family.noise, float(shift), components.time_range)
+        own = family.noise.shift if family.noise.shift is not None else float(published)
+        if times.shift == "auto":
+            return FlowProcess(family.noise, own, window, times.logit, size_shift(family, components.pipeline, config))
+        return FlowProcess(family.noise, float(own if times.shift is None else times.shift), window, times.logit)
     assert isinstance(family.noise, Diffusion)
-    stated, common = family.noise, (components.prediction, components.time_range, family.noise.sign)
+    stated, common = family.noise, (components.prediction, window, family.noise.sign, times.snr_gamma)
     if stated.alpha_bar is not None:
         return ContinuousDiffusionProcess(torch.empty(0), *common, stated.alpha_bar, stated.time)
     alphas: Tensor | None = getattr(components.scheduler, "alphas_cumprod", None)
@@ -169,5 +194,8 @@ def noise_process(family: Family, components: Components) -> NoiseProcess:
             f"the model's {type(components.scheduler).__name__} has no alphas_cumprod, so it is no discrete diffusion, "
             f"and {family.name} trains nothing else; use another version of the model"
         )
-    alphas_N = alphas.detach().float().cpu()
-    return DiffusionProcess(alphas_N, *common)
+    process = DiffusionProcess(alphas.detach().float().cpu(), *common)
+    first, after_last = (round(share * len(alphas)) for share in window)
+    if first == after_last:
+        raise UserError(f"timestep_range: none of the model's {len(alphas)} time steps lies in it; choose a wider one")
+    return process
