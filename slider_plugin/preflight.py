@@ -24,6 +24,7 @@ from slider_plugin.loading import check_folder, denoiser_class_of, denoiser_conf
 from slider_plugin.targets import TargetPlan
 from slider_plugin.training.optimizers import KINDS, check_optimizer, optimizer_warnings
 from slider_plugin.training.times import time_problems
+from slider_plugin.training.watch import check_trackers
 from slider_plugin.validation.render import check_image
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def preflight(config: RunConfig, family: LoadedFamily) -> Preflight:
     _or_note(problems, lambda: check_start(config, family, targets))
     _or_note(problems, lambda: check_optimizer(config))
     _or_note(problems, lambda: check_times(config, family, model))
+    _or_note(problems, lambda: check_trackers(config))
     opened = _or_note(problems, lambda: open_buckets(config, alignment(config)))
     problems.extend(foreign_data(config, family.facts))
     _or_note(problems, lambda: check_output(config))

@@ -14,6 +14,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
+from accelerate.utils import is_tensorboard_available
 
 from slider_plugin.config import RunConfig
 from slider_plugin.errors import UserError
@@ -102,13 +103,19 @@ def _allocator(device: torch.device) -> Any:
 # --- TensorBoard ------------------------------------------------------------------------------------------------------
 
 
+def check_trackers(config: RunConfig) -> None:
+    """Raise UserError if what `report_to` names is not installed."""
+    if config.report_to == "tensorboard" and not is_tensorboard_available():
+        raise UserError("report_to: tensorboard is not installed; pip install 'slider-plugin[tensorboard]', or write none")
+
+
 @contextmanager
 def reporting(config: RunConfig, accelerator: Accelerator) -> Iterator[None]:
-    """Inside, what `report_to` names takes numbers and pictures. Raises UserError if it is not installed."""
+    """Inside, what `report_to` names takes numbers and pictures."""
     if config.report_to == "none":
         yield
         return
-    _start_trackers(accelerator, config)
+    accelerator.init_trackers(config.tracker_project_name)
     try:
         yield
     finally:
@@ -144,12 +151,6 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-def _start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
-    if not accelerator.trackers and not accelerator.log_with:
-        raise UserError("report_to tensorboard: tensorboard is not installed; pip install 'slider-plugin[tensorboard]'")
-    accelerator.init_trackers(config.tracker_project_name)
 
 
 class Interrupt:
