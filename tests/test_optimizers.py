@@ -119,6 +119,11 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(keys: dict[str, Any], after: in
     path = Toy(config_of(**keys)).run(after).save(tmp_path)
     resumed = Toy(config_of(**keys)).resume(path).run(12)
     assert resumed.same(whole)
+    for ours, theirs in zip(whole.weights.parameters(), resumed.weights.parameters(), strict=True):  # kernels take no tensors
+        types = [
+            {key: type(value) for key, value in toy.optimizer.state[p].items()} for toy, p in ((whole, ours), (resumed, theirs))
+        ]
+        assert types[0] == types[1]
     if whole.ema and resumed.ema:
         pairs = zip(whole.ema.tensors().values(), resumed.ema.tensors().values(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
@@ -367,7 +372,9 @@ def test_a_run_trains_draws_and_resumes_to_the_same_file(
         assert not train("part", "--validation_step_interval", "1").finished
     resumed = train("part", "--resume_from_checkpoint", "latest").adapter
     assert whole and resumed and whole.read_bytes() == resumed.read_bytes()
-    trained = load_file(tmp_path / "whole" / "checkpoint-000005" / "adapter.safetensors")
+    last = tmp_path / "whole" / "checkpoint-000005"
+    trained = load_file(last / "adapter.safetensors")
+    assert json.loads((last / "state.json").read_text())["ema_updates"] == (5 if "use_ema" in keys else None)
     other = keys.get("optimizer") == "adamw_schedulefree" or "use_ema" in keys
     assert any(not torch.equal(trained[name], drawn[0][name]) for name in trained) == other
     exported = sorted(round(float(t.abs().sum()), 3) for name, t in load_file(whole).items() if "lora_A" in name)
