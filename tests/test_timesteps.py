@@ -194,18 +194,12 @@ def test_a_run_s_gamma_reaches_its_noise() -> None:
 
 def test_weights_enter_both_losses_sample_by_sample() -> None:
     generator = torch.Generator().manual_seed(0)
-    noisy, target, time = (
-        torch.randn(3, 4, 8, 8, generator=generator),
-        torch.randn(3, 4, 8, 8, generator=generator),
-        torch.ones(3),
-    )
+    answer, target = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(2))
     weights = torch.tensor([0.1, 1.0, 3.0])
-    expected = sum(w * float(((n - t) ** 2).mean()) for w, n, t in zip(weights.tolist(), noisy, target, strict=True)) / 3
-    learnt = learning_loss(lambda n, t: n, noisy, time, target, weights)
-    kept = preservation_loss(lambda n, t: n, lambda n, t: target, noisy, time, weights)
+    expected = sum(w * float(((n - t) ** 2).mean()) for w, n, t in zip(weights.tolist(), answer, target, strict=True)) / 3
+    learnt, kept = learning_loss(answer, target, weights), preservation_loss(answer, target, weights)
     assert float(learnt) == pytest.approx(expected, rel=1e-5) and float(kept) == pytest.approx(expected, rel=1e-5)
-    plain = learning_loss(lambda n, t: n, noisy, time, target)
-    assert torch.equal(plain, (noisy - target).square().mean())
+    assert torch.equal(learning_loss(answer, target), (answer - target).square().mean())
 
 
 @pytest.mark.parametrize(("family", "keys"), [("sd1", {"snr_gamma": 0.1}), ("z_image", {"timestep_sampling": "logit_normal"})])
