@@ -36,6 +36,11 @@ def _model(config: RunConfig, family: LoadedFamily, checked: Preflight) -> list[
     for file in frozen_files(config):
         strengths = f"{file.training:g} in training, {file.drawing:g} in pictures"
         facts.add_row("frozen", f"{file.path.name} ({file.key}): {strengths}")
+    if config.has_controlnet:
+        facts.add_row("ControlNet", _control(config))
+    if config.controlnet:
+        facts.add_row("targets", "those of the ControlNet, which are known once it is loaded")
+        return [facts]
     if checked.targets is None or checked.denoiser is None:
         facts.add_row("targets", "known only once the model is loaded: it is no local diffusers folder")
         return [facts]
@@ -48,6 +53,12 @@ def _model(config: RunConfig, family: LoadedFamily, checked: Preflight) -> list[
     facts.add_row("trainable", f"{trainable:,} parameters, {what}, of {base:,}")
     facts.add_row("memory", _memory(config, base, trainable))
     return [facts]
+
+
+def _control(config: RunConfig) -> str:
+    """What the ControlNet of a run is, and does."""
+    model = config.controlnet_model_name_or_path or "a fresh one, whose zero layers get the adapter, too"
+    return f"{model}: {'the slider is trained on it' if config.controlnet else 'frozen, holds the structure'}"
 
 
 def _trainable(config: RunConfig, plan: TargetPlan) -> tuple[int | None, str]:

@@ -55,7 +55,7 @@ def shell(lines: list[str], folder: Path, **variables: str) -> subprocess.Comple
 
 
 def assert_trained(package: Path, said: str) -> None:
-    losses = [float(loss) for loss in re.findall(r"\+(\d\.\d+) ", said)]
+    losses = [float(loss) for loss in re.findall(r"\[\+\] (\d\.\d+) ", said)]
     assert losses[-1] < 0.85 * losses[0], "the loss falls"
     found = re.search(r"the loss falls from (\S+) to (\S+)\.", section(TUTORIAL))
     assert found

@@ -62,7 +62,7 @@ class Metrics:
         for sign, loss in report.losses().items():
             self._mean[sign] = SMOOTHING * self._mean.get(sign, loss) + (1 - SMOOTHING) * loss
         marks = {"positive": "+", "negative": "-", "neutral": "0"}
-        losses = " ".join(f"{marks[sign]}{value:.4f}" for sign, value in sorted(self._mean.items()) if math.isfinite(value))
+        losses = " ".join(f"[{marks[sign]}] {value:.4f}" for sign, value in sorted(self._mean.items()) if math.isfinite(value))
         before = self._seconds or report.seconds
         self._seconds = SMOOTHING * before + (1 - SMOOTHING) * report.seconds
         memory, whose = peak_memory(self._accelerator.device)
