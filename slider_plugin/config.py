@@ -261,6 +261,12 @@ class RunConfig(_Strict):
     )
     caption_dropout_probability: Chance = Field(0.0, description="how often a caption is replaced by the empty one")
 
+    cache_dir: Path | None = Field(
+        None,
+        description="latents and prompt embeddings are kept here, for all runs; None is .slider-cache beside output_dir. "
+        "It may be deleted at any time",
+    )
+
     # --- training
     max_train_steps: Count = Field(1000, description="optimizer steps")
     train_batch_size: Count = Field(1, description="images per draw")

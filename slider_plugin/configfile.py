@@ -1,8 +1,8 @@
 """Read a configuration: config.json, dataloader JSON, prompt library and flags, with every problem in one message.
 
 A relative path in a file means a place beside that file if there is one, else a place below the current directory; in a
-flag it means the current directory. `output_dir` always means the current directory. null is a key that is not given, except
-where a key may be empty.
+flag it means the current directory. `output_dir` and `cache_dir` always mean the current directory. null is a key that is not
+given, except where a key may be empty.
 """
 
 from __future__ import annotations
@@ -59,6 +59,9 @@ SOURCES = {"data_backend_config": "buckets", "user_prompt_library": "prompts", "
 
 VALIDATION = "validation"
 """Name of the prompt that `validation_prompt` becomes."""
+
+WRITTEN = ("output_dir", "cache_dir")
+"""Keys of folders that a run makes."""
 
 NAMES_OF_PLACES = ("resume_from_checkpoint", "pretrained_model_name_or_path")
 """Keys that may be a path, besides those that always are."""
@@ -235,7 +238,7 @@ class _Reader:
         if not place or not isinstance(value, str) or not value or value == "latest":
             return value
         try:
-            if name == "output_dir":
+            if name in WRITTEN:
                 return str(Path(value).expanduser())
             found = _found(value, base)
             return str(Path(found).resolve()) if name == "instance_data_dir" else found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import math
 import os
@@ -10,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -203,6 +205,23 @@ class LoadedFamily:
             "contract": ".".join(map(str, self.facts.contract)),
             "hooks": {hook: self._owner(hook) for hook in specs.HOOKS},
         }
+
+    def makers(self, hooks: Sequence[str]) -> dict[str, list[list[str]]]:
+        """Who may have a hand in what each of these hooks answers: name, distribution, version and a hash of the code.
+
+        The code is the module of the hook, and of a package that is not the host's own all of its modules.
+        """
+        return {hook: [self._maker(impl) for impl in self._hooks[hook].get_hookimpls()] for hook in hooks}
+
+    def _maker(self, implementation: pluggy.HookImpl) -> list[str]:
+        owner = implementation.plugin_name
+        row = self._rows.get(owner)
+        file = Path(inspect.unwrap(implementation.function).__code__.co_filename)
+        folder = file.parent
+        whole = row is not None and not row.builtin and (folder / "__init__.py").is_file()
+        files = sorted(folder.rglob("*.py")) if whole else [file]
+        code = hashlib.sha256(b"".join(f.read_bytes() for f in files if f.is_file())).hexdigest()
+        return [owner, row.distribution if row else "", row.version if row else "", code]
 
     @property
     def is_observed(self) -> bool:

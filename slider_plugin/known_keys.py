@@ -76,7 +76,8 @@ def _refused(default: Any, why: str, *same: Any, strict: bool = False) -> Known:
     return Known(default, why, matters=True, same=same, strict=strict)
 
 
-_CACHE = "latents and embeddings are kept in memory, for one run"
+_CACHE = "latents and embeddings are kept in cache_dir, and found again by what made them"
+_BATCHES = "how many are encoded or written at once is decided here"
 _UPLOAD = "nothing is uploaded; upload the exported file yourself"
 _MIRROR = "a slider must mirror, and DoRA is not linear in its strength; use a plain LoRA"
 _QUANT = "weights are not quantised here; write no_change"
@@ -122,10 +123,9 @@ CONFIG_KEYS: Mapping[str, Known] = {
     "flux_lora_target": _refused("all", "use slider_lora_target or peft_lora_target_modules; take it out"),
     # --- data
     "aspect_bucket_rounding": _refused(2, "aspect ratios are not rounded; set aspect_bucket_alignment instead"),
-    "dataloader_prefetch": _ignored(False, "batches come from memory"),
-    "vae_batch_size": _ignored(4, _CACHE),
-    "write_batch_size": _ignored(128, _CACHE),
-    "cache_dir": _ignored("cache", _CACHE),
+    "dataloader_prefetch": _ignored(False, "batches come from memory or the cache, which is mapped into it"),
+    "vae_batch_size": _ignored(4, _BATCHES),
+    "write_batch_size": _ignored(128, _BATCHES),
     "cache_dir_vae": _ignored("", _CACHE),
     "cache_dir_text": _ignored("cache", _CACHE),
     "vae_cache_ondemand": _ignored(False, _CACHE),
@@ -242,8 +242,8 @@ ENTRY_KEYS: Mapping[str, Known] = {
     "vae_cache_clear_each_epoch": _ignored(None, _CACHE),
     "text_cache_ondemand": _ignored(False, _CACHE),
     "text_cache_disable": _ignored(False, _CACHE),
-    "write_batch_size": _ignored(128, _CACHE),
-    "text_encoder_batch_size": _ignored(1, _CACHE),
+    "write_batch_size": _ignored(128, _BATCHES),
+    "text_encoder_batch_size": _ignored(1, _BATCHES),
     "preserve_data_backend_cache": _ignored(False, _CACHE),
     "hash_filenames": _ignored(True, _CACHE),
     "skip_file_discovery": _ignored("", "folders are always searched"),

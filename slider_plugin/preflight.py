@@ -16,6 +16,7 @@ from slider_plugin.adapters.frozen import check_frozen
 from slider_plugin.common.controlnet import check_controlnet
 from slider_plugin.config import BucketConfig, RunConfig
 from slider_plugin.data.buckets import Bucket, Buckets, open_buckets
+from slider_plugin.data.cache import check_cache
 from slider_plugin.data.conditioning import first_conditioning_image
 from slider_plugin.data.images import check_image as check_image_file
 from slider_plugin.data.sampler import cycle_length
@@ -83,6 +84,7 @@ def preflight(config: RunConfig, family: LoadedFamily) -> Preflight:
     opened = _or_note(problems, lambda: open_buckets(config, alignment(config)))
     problems.extend(foreign_data(config, family.facts))
     _or_note(problems, lambda: check_output(config))
+    _or_note(problems, lambda: check_cache(config))
     if model and draws(config):
         _or_note(problems, lambda: _check_first_frame(config, family, model))
     if problems or model is None or opened is None:

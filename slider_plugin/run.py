@@ -40,12 +40,13 @@ def train(config: RunConfig) -> Outcome:
     targets = stages.find_targets(config, family, checked, components)
     adapter = stages.attach(config, family, components, targets, machine)
     data = stages.encode(config, family, components, checked, machine)
+    parked = stages.park(config, components, machine)
     sampler = family.build_sampler(data.infos(), config.seed, config.data_backend_sampling, checked.neutral_scale)
     trainer = stages.build_trainer(config, family, components, adapter, data, sampler, checked, machine)
     with reporting(config, machine):
-        finished, seconds = stages.run(config, trainer, checked)
+        finished, seconds = stages.run(config, trainer, checked, parked)
         exported = stages.export(config, trainer, targets, checked) if finished else None
-        images = stages.validate(config, trainer, checked) if finished else None
+        images = stages.validate(config, trainer, checked, parked) if finished else None
     return Outcome(finished, exported, images, trainer.step, seconds)
 
 

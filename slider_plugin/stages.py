@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,10 +29,14 @@ from slider_plugin.adapters.frozen import attach_frozen, check_frozen, frozen_me
 from slider_plugin.config import RunConfig
 from slider_plugin.configfile import to_json
 from slider_plugin.control import Control, zero_layers
+from slider_plugin.data.cache import Cache, Memory, Store, cache_folder
+from slider_plugin.data.digests import Digests
 from slider_plugin.data.encode import Encoded, encode_once
+from slider_plugin.data.fingerprint import Opaque, fingerprint
 from slider_plugin.errors import ConfigError, UserError
 from slider_plugin.export import slider_metadata
 from slider_plugin.files import folder_replacing, write_json
+from slider_plugin.parts import other_models
 from slider_plugin.preflight import (
     EXPORTED,
     Preflight,
@@ -49,6 +54,7 @@ from slider_plugin.training.loop import StepReport, Trainer
 from slider_plugin.training.noise import noise_process
 from slider_plugin.training.optimizers import make_optimizer, make_schedule
 from slider_plugin.training.pairing import Pairing
+from slider_plugin.training.parking import Parked, move
 from slider_plugin.training.seeds import derived_seed
 from slider_plugin.training.times import Times
 from slider_plugin.training.watch import Metrics, interruptible, log_images
@@ -86,7 +92,7 @@ def load(config: RunConfig, family: LoadedFamily, checked: Preflight, machine: A
     """Load the model, frozen, and say what was found."""
     for line in checked.warnings:
         console.warn(line)
-    components = load_model(config, family, checked.model, machine)
+    components = load_model(config, family, checked.model, machine, whole=False)
     if draws(config):  # for a model from the hub, whose pipeline preflight could not see
         check_image(type(family.build_pipeline(components)), image_file(config))
     if config.gradient_checkpointing:
@@ -95,8 +101,12 @@ def load(config: RunConfig, family: LoadedFamily, checked: Preflight, machine: A
     return components
 
 
-def load_model(config: RunConfig, family: LoadedFamily, model: str, machine: Accelerator) -> Components:
-    """Load a model onto the device, with the LoRAs that stay frozen beside the slider."""
+def load_model(config: RunConfig, family: LoadedFamily, model: str, machine: Accelerator, whole: bool = True) -> Components:
+    """Load a model onto the device, with the LoRAs that stay frozen beside the slider.
+
+    Without `whole` the denoiser alone, which is all that training needs: other parts follow when there is something to encode
+    or to draw.
+    """
     request = LoadRequest(
         model=model,
         dtype=torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32,
@@ -106,8 +116,8 @@ def load_model(config: RunConfig, family: LoadedFamily, model: str, machine: Acc
     )
     components = family.load_components(request)
     components.denoiser.requires_grad_(False).eval().to(machine.device)
-    if hasattr(components.pipeline, "to"):
-        components.pipeline.to(machine.device)
+    if whole or not other_models(components):  # of a pipeline that does not tell its parts, all moves or nothing
+        move(components, machine.device)
     if config.has_controlnet:  # before any adapter is in the denoiser, as a fresh one copies its weights
         add_controlnet(config, family, components)
     for line in attach_frozen(config, family.facts, components.denoiser):
@@ -181,12 +191,43 @@ def attach(
 def encode(
     config: RunConfig, family: LoadedFamily, components: Components, checked: Preflight, machine: Accelerator
 ) -> Encoded:
-    """Encode all images and captions once."""
+    """Encode the images and captions that are not in the cache."""
     started = time.perf_counter()
-    data = encode_once(family, components, checked.buckets, config, machine.device)
-    seconds = time.perf_counter() - started
-    console.say(f"{len(data.latents)} images and {len(data.prompts)} captions encoded in {seconds:.1f} s")
+    store, where = _open_store(config, family, components, checked.model, machine)
+    data = encode_once(
+        family, components, checked.buckets, config, machine.device, store, lambda: move(components, machine.device)
+    )
+    images = _counted("images", len(data.latents), data.fresh_images)
+    captions = _counted("captions", len(data.prompts), data.fresh_prompts)
+    console.say(f"{images}; {captions}, in {time.perf_counter() - started:.1f} s ({where})")
     return data
+
+
+def _counted(what: str, total: int, fresh: int) -> str:
+    return f"{total} {what}: {total - fresh} from the cache, {fresh} encoded"
+
+
+def _open_store(
+    config: RunConfig, family: LoadedFamily, components: Components, model: str, machine: Accelerator
+) -> tuple[Store, str]:
+    """Where encodings are kept, and how that is written."""
+    folder = cache_folder(config)
+    try:
+        made_by = fingerprint(family, components, machine.device)
+    except Opaque as error:
+        console.say(f"nothing is kept in {folder}, since nothing can be told of what encodes: {error}")
+        return Memory(), "in memory"
+    about = {"family": family.facts.name, "model": model, "plugin": f"{family.distribution} {family.version}"}
+    return Cache(folder, made_by, Digests(folder / "digests.json"), about), str(folder)
+
+
+def park(config: RunConfig, components: Components, machine: Accelerator) -> Parked:
+    """Send everything but the denoiser out of memory, until it draws."""
+    parked = Parked(components, machine.device, config.output_dir if draws(config) else None)
+    if parked.names:
+        until = "until it draws" if draws(config) else "for good"
+        console.say(f"{', '.join(parked.names)} ({parked.size / 1e6:,.1f} MB) left memory {until}")
+    return parked
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
@@ -255,8 +296,8 @@ def _resume(config: RunConfig, trainer: Trainer) -> bool | None:
     return recorded
 
 
-def run(config: RunConfig, trainer: Trainer, checked: Preflight) -> tuple[bool, float]:
-    """Train, with checkpoints, validations and logs at their intervals.
+def run(config: RunConfig, trainer: Trainer, checked: Preflight, parked: Parked | None = None) -> tuple[bool, float]:
+    """Train, with checkpoints, validations and logs at their intervals; what is parked comes back to draw.
 
     Returns:
         Whether all steps were done (an interrupt stops after the step, with a checkpoint), and the seconds it took.
@@ -278,7 +319,7 @@ def run(config: RunConfig, trainer: Trainer, checked: Preflight) -> tuple[bool, 
             if _due(report.step, config.checkpoint_step_interval) or interrupt.asked:
                 _checkpoint(config, trainer)
             if _due(report.step, config.validation_step_interval) and report.step < config.max_train_steps:
-                validate(config, trainer, checked)
+                validate(config, trainer, checked, parked)
             return interrupt.asked
 
         finished = trainer.run(config.max_train_steps, after)
@@ -302,12 +343,12 @@ def _checkpoint(config: RunConfig, trainer: Trainer) -> None:
 # --- Results ----------------------------------------------------------------------------------------------------------
 
 
-def validate(config: RunConfig, trainer: Trainer, checked: Preflight) -> Path | None:
+def validate(config: RunConfig, trainer: Trainer, checked: Preflight, parked: Parked | None = None) -> Path | None:
     """Draw the validation of a run with its finished weights; None where there is nothing to draw."""
     if not draws(config):
         return None
     size, folder = validation_size(config) or checked.size, config.output_dir / "validation_images"
-    with finished_weights(trainer.optimizer, trainer.ema):
+    with finished_weights(trainer.optimizer, trainer.ema), parked.awake() if parked else nullcontext():
         drawn = draw(config, trainer.family, trainer.components, trainer.adapter, size, folder, trainer.step)
     log_images(trainer.accelerator, drawn, trainer.step)
     return drawn.folder

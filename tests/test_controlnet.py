@@ -28,6 +28,7 @@ from slider_plugin.configfile import read_config, to_json
 from slider_plugin.control import Control, encode_for_controlnet, zero_layers
 from slider_plugin.data.media import pixels
 from slider_plugin.errors import ConfigError, UserError
+from slider_plugin.family import LoadedFamily
 from slider_plugin.preflight import preflight
 from slider_plugin.registry import Plugins
 from slider_plugin.targets import adaptable_modules
@@ -484,3 +485,45 @@ def test_a_configuration_comes_back_from_its_own_json(steered_project: Project, 
     (tmp_path / "again.json").write_text(json.dumps(to_json(config)))
     assert config_of(tmp_path / "again.json") == config
     assert config.buckets[0].conditioning_data_dir == (tmp_path / "outlines" / "more")
+
+
+def test_conditioning_images_are_cached_by_themselves(
+    steered_project: Project, controlnets: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another conditioning image, or another ControlNet, does not encode the images again, nor do images the former."""
+    seen = {"encode_images": 0, "encode_control": 0}
+
+    def counting(name: str) -> None:
+        real = getattr(LoadedFamily, name)
+
+        def count(self: LoadedFamily, components: Any, images: Tensor, *more: Any) -> Tensor:
+            seen[name] += len(images)
+            encoded: Tensor = real(self, components, images, *more)
+            return encoded
+
+        monkeypatch.setattr(LoadedFamily, name, count)
+
+    for name in seen:
+        counting(name)
+
+    def encoded(*flags: str) -> tuple[int, int]:
+        config = read_config(path, flags, Plugins.discover().facts)[0]
+        family, machine = Plugins.discover().load("sd1"), stages.open_machine(config)
+        checked = preflight(config, family)
+        components = stages.load(config, family, checked, machine)
+        stages.attach(config, family, components, stages.find_targets(config, family, checked, components), machine)
+        stages.encode(config, family, components, checked, machine)
+        control, latents = seen["encode_control"], seen["encode_images"] - seen["encode_control"]  # one of each for a control
+        seen.update(dict.fromkeys(seen, 0))
+        return latents, control
+
+    path = steered_project("sd1", controlnet=True, seed=1)
+    assert encoded() == (8, 8)
+    assert encoded("--lora_rank", "2") == (0, 0)
+    entries = json.loads((tmp_path / "buckets.json").read_text())
+    outline = sorted(Path(entries[0]["conditioning_data_dir"]).glob("*.png"))[0]
+    with Image.open(outline) as image:
+        size = image.size
+    Image.new("RGB", size, "white").save(outline)
+    assert encoded() == (0, 1)
+    assert encoded("--controlnet", "false", "--controlnet_model_name_or_path", str(controlnets("sd1"))) == (0, 8)

@@ -121,7 +121,7 @@ def load_components(family: Family, request: LoadRequest) -> Components | None:
 
 @hookspec(firstresult=True)
 def encode_prompts(family: Family, components: Components, prompts: Sequence[str]) -> Sequence[Conditioning] | None:
-    """Encode prompts for `predict`. Called without gradients, a few prompts at a time; the host keeps the results.
+    """Encode prompts for `predict`. Called without gradients, a few prompts at a time; the host keeps the results, on disk.
 
     Args:
         family: the facts of this family.
@@ -143,7 +143,7 @@ def encode_prompts(family: Family, components: Components, prompts: Sequence[str
 
 @hookspec(firstresult=True)
 def encode_images(family: Family, components: Components, images: Tensor) -> Tensor | None:
-    """Encode images into the latents that the denoiser works on. Called without gradients; the host keeps the results.
+    """Encode images into the latents that the denoiser works on. Called without gradients; the host keeps the results, on disk.
 
     Args:
         family: the facts of this family.

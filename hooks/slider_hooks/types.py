@@ -262,7 +262,7 @@ class LoadRequest:
 
 @dataclass(slots=True, kw_only=True)
 class Components:
-    """A loaded model. Mutable: the host moves and releases parts of it."""
+    """A loaded model. Mutable: the host moves its parts, and keeps in memory what training needs."""
 
     denoiser: Any
     """What is trained: a `torch.nn.Module` (Any, since one of diffusers also has a `config`), frozen and in evaluation mode;
@@ -292,7 +292,8 @@ class Components:
     """The host's own: what shows the ControlNet its images."""
 
     extras: dict[str, Any] = field(default_factory=dict)
-    """Anything a family wants to keep."""
+    """Anything a family wants to keep. While the denoiser trains, the pipeline's other models are out of memory; a part of it
+    that `predict` needs, besides settings, belongs here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

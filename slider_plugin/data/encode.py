@@ -1,22 +1,27 @@
 """Encode every image and every caption once, and deal them out as batches.
 
-The families' own encoders run here and nowhere in the training step.
+The families' own encoders run here and nowhere in the training step, and only for what is not in the cache yet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from slider_hooks import BucketInfo, Components, Conditioning, Draw
+from slider_plugin import console
 from slider_plugin.config import RunConfig
 from slider_plugin.control import SHOWN, encode_for_controlnet
-from slider_plugin.data.buckets import Bucket
+from slider_plugin.data.buckets import Bucket, Item
+from slider_plugin.data.cache import Entry, Kept, Store
+from slider_plugin.data.fingerprint import described_controlnet
 from slider_plugin.data.media import KINDS
 from slider_plugin.errors import UserError
 from slider_plugin.loading import image_dtype
@@ -32,6 +37,9 @@ AT_ONCE = {"image": 8, "video": 1, "audio": 1}
 """Of each kind, how many are encoded in one go."""
 
 PROMPTS_AT_ONCE = 16
+
+LATENTS = "//latents"
+"""Name of the latents in the entry of an image; no family calls what it tells the denoiser so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +62,19 @@ class Encoded:
     """All latents and prompts of a run, and how a draw becomes a batch."""
 
     buckets: dict[str, Bucket]
-    latents: dict[tuple[str, Path], Tensor]
-    """By bucket and file, `(C, H, W)` or what the family makes of its media, float32 on the CPU."""
+    latents: Mapping[tuple[str, Path], Tensor]
+    """By bucket and file, `(C, H, W)` or what the family makes of its media, float32 on the CPU; mapped from the cache."""
 
-    conditions: dict[tuple[str, Path], Conditioning]
-    """By bucket and file, what the denoiser is told about the image itself, on the CPU."""
+    conditions: Mapping[tuple[str, Path], Conditioning]
+    """By bucket and file, what the denoiser is told about the image itself, likewise."""
 
-    prompts: dict[str, Conditioning]
-    """By caption, on the CPU."""
+    prompts: Mapping[str, Conditioning]
+    """By caption, likewise."""
+
+    fresh_images: int
+    """How many of the latents were encoded now; the others were in the cache."""
+
+    fresh_prompts: int
 
     seed: int
     batch_size: int
@@ -89,71 +102,208 @@ class Encoded:
 
 
 def encode_once(
-    family: LoadedFamily, components: Components, buckets: Sequence[Bucket], config: RunConfig, device: torch.device
+    family: LoadedFamily,
+    components: Components,
+    buckets: Sequence[Bucket],
+    config: RunConfig,
+    device: torch.device,
+    store: Store,
+    prepare: Callable[[], object] = lambda: None,
 ) -> Encoded:
-    """Encode all images and captions of the buckets.
+    """Encode those images and captions of the buckets that the store does not hold.
+
+    What is encoded in one batch is kept as a whole, so a run that was killed here and starts again goes on with the same
+    batches, and ends in the same values. An image that is encoded alone later may differ from them in its last bits.
 
     Args:
         family: whose hooks `encode_images`, `condition_on_images` and `encode_prompts` are called.
-        components: the loaded model, on its device.
+        components: the loaded model.
         buckets: the opened buckets.
         config: the `RunConfig`.
-        device: where batches will go.
+        device: where encoding takes place and batches will go.
+        store: where results are kept; what it holds already must have been made by the same model and code.
+        prepare: called before the first hook, and not at all where there is nothing to encode.
 
     Raises:
         UserError: an image cannot be decoded after all, or an encoder gave values that are not finite.
     """
+    rate = _sampling_rate(components, buckets)
+    images = {(b.name, item.path): _image_key(store, b, item, rate) for b in buckets for item in b.items}
     captions = {c: None for bucket in buckets for item in bucket.items for c in item.captions}
     if config.caption_dropout_probability:
         captions[""] = None
-    with torch.no_grad():
-        encoded = {
-            key: (z, told) for key, z, told in _encode_images(family, components, buckets, config.max_image_pixels, device)
-        }
-        return Encoded(
-            buckets={bucket.name: bucket for bucket in buckets},
-            latents={key: latents for key, (latents, _) in encoded.items()},
-            conditions={key: told for key, (_, told) in encoded.items()},
-            prompts=dict(_encode_prompts(family, components, list(captions))),
-            seed=config.seed,
-            batch_size=config.train_batch_size,
-            caption_dropout=config.caption_dropout_probability,
-            device=device,
-        )
+    prompts = {caption: _key("prompt", caption) for caption in captions}
+    shown = _shown_keys(store, components, buckets)
+    chunks = [
+        *_image_chunks(buckets, images, store, "images"),
+        *_image_chunks(buckets, shown, store, "conditioning images"),
+        *_prompt_chunks(prompts, store),
+    ]
+    work = _Encoders(family, components, device, config.max_image_pixels, rate)
+    fresh = _fill(store, chunks, work, prepare)
+    return Encoded(
+        buckets={bucket.name: bucket for bucket in buckets},
+        latents=Kept(images, lambda name: store.tensor(images[name], LATENTS)),
+        conditions=Kept(images, lambda name: _told(store, images[name], shown.get(name))),
+        prompts=Kept(prompts, lambda caption: _entry(store, prompts[caption])),
+        fresh_images=sum(key in fresh for key in images.values()),
+        fresh_prompts=sum(key in fresh for key in prompts.values()),
+        seed=config.seed,
+        batch_size=config.train_batch_size,
+        caption_dropout=config.caption_dropout_probability,
+        device=device,
+    )
 
 
-def _encode_images(
-    family: LoadedFamily, components: Components, buckets: Sequence[Bucket], max_pixels: int, device: torch.device
-) -> Iterator[tuple[tuple[str, Path], Tensor, Conditioning]]:
-    dtype, frames = image_dtype(components), "video" in family.facts.modalities
-    for bucket in buckets:
-        kind = KINDS[bucket.config.dataset_type]
-        rate = sampling_rate(components.pipeline) if bucket.config.dataset_type == "audio" else 0
+def _entry(store: Store, key: str) -> Conditioning:
+    return {name: store.tensor(key, name) for name in store.names(key) if name != LATENTS}
+
+
+def _told(store: Store, image: str, shown: str | None) -> Conditioning:
+    """What the denoiser is told about an image, and what its ControlNet is shown."""
+    return {**_entry(store, image), **(_entry(store, shown) if shown else {})}
+
+
+# --- What there is to encode, and under which key ---------------------------------------------------------------------
+
+
+def _key(*facts: object) -> str:
+    """What an entry is found by: a hash of all that shapes it, besides the model and the code."""
+    text = json.dumps(facts, default=str)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=20).hexdigest()
+
+
+def _image_key(store: Store, bucket: Bucket, item: Item, rate: int) -> str:
+    own = bucket.config
+    clip = (own.dataset_type, own.num_frames, own.fps, own.seconds, rate if own.dataset_type == "audio" else 0)
+    return _key("image", store.content(item.path), asdict(item.placement), clip)
+
+
+def _shown_keys(store: Store, components: Components, buckets: Sequence[Bucket]) -> dict[tuple[str, Path], str]:
+    """Of the conditioning images of a run with a ControlNet: they have entries of their own."""
+    if components.control is None:
+        return {}
+    seen_by = described_controlnet(components)
+    return {
+        (b.name, item.path): _key("control", store.content(item.conditioning or item.path), asdict(item.placement), seen_by)
+        for b in buckets
+        for item in b.items
+    }
+
+
+What = Literal["images", "conditioning images", "captions"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """What is encoded in one go."""
+
+    what: What
+    bucket: Bucket | None
+    """Of images; None for captions."""
+
+    members: dict[str, Any]
+    """By key, the `Item` or the caption."""
+
+
+def _image_chunks(
+    buckets: Sequence[Bucket], keys: Mapping[tuple[str, Path], str], store: Store, what: What
+) -> Iterator[_Chunk]:
+    """Images of one bucket and one size together."""
+    for bucket in buckets if keys else ():
         for places in bucket.shapes().values():
-            for chunk in _chunks(places, AT_ONCE[bucket.config.dataset_type]):
-                items = [bucket.items[i] for i in chunk]
-                loaded = [kind.load(item.path, bucket.config, item.placement, max_pixels, rate) for item in items]
-                media_B = torch.stack(loaded).to(device, dtype)
-                if frames and media_B.ndim == 4:
-                    media_B = media_B.unsqueeze(2)  # an image is a video of one frame
-                latents_B = family.encode_images(components, media_B).float().cpu()
-                told_B = family.condition_on_images(components, media_B)
-                if components.control is not None:
-                    twins = [kind.load(i.conditioning or i.path, bucket.config, i.placement, max_pixels, rate) for i in items]
-                    shown_B = encode_for_controlnet(family, components, torch.stack(twins).to(device, dtype))
-                    told_B = [{**told, SHOWN: shown} for told, shown in zip(told_B, shown_B, strict=True)]
-                for item, latents, told in zip(items, latents_B, told_B, strict=True):
-                    if not torch.isfinite(latents).all():
-                        raise UserError(f"{item.path}: its latents are not finite; try mixed_precision no")
-                    yield (bucket.name, item.path), latents.clone(), _kept(told)
+            keyed = {keys[bucket.name, item.path]: item for item in (bucket.items[i] for i in places)}
+            missing = {key: item for key, item in keyed.items() if key not in store}
+            yield from (_Chunk(what, bucket, dict(part)) for part in _parts(missing, AT_ONCE[bucket.config.dataset_type]))
 
 
-def _encode_prompts(
-    family: LoadedFamily, components: Components, captions: Sequence[str]
-) -> Iterator[tuple[str, Conditioning]]:
-    for chunk in _chunks(captions, PROMPTS_AT_ONCE):
-        for caption, conditioning in zip(chunk, family.encode_prompts(components, chunk), strict=True):
-            yield caption, _kept(conditioning)
+def _prompt_chunks(keys: Mapping[str, str], store: Store) -> Iterator[_Chunk]:
+    missing = {key: caption for caption, key in keys.items() if key not in store}
+    yield from (_Chunk("captions", None, dict(part)) for part in _parts(missing, PROMPTS_AT_ONCE))
+
+
+def _parts(values: Mapping[str, T], size: int) -> Iterator[Sequence[tuple[str, T]]]:
+    pairs = list(values.items())
+    return (pairs[i : i + size] for i in range(0, len(pairs), size))
+
+
+# --- Encoding ---------------------------------------------------------------------------------------------------------
+
+
+def _fill(store: Store, chunks: Sequence[_Chunk], work: _Encoders, prepare: Callable[[], object]) -> set[str]:
+    """Encode what the chunks hold into the store, with a progress bar; the keys of what was encoded.
+
+    Before each chunk the store is asked again: an image may stand in several buckets, and other processes encode, too.
+    """
+    total, done, fresh = sum(len(chunk.members) for chunk in chunks), 0, set[str]()
+    if chunks:
+        prepare()
+    try:
+        with console.ticking("encoding", total) as ticker, torch.no_grad():
+            for chunk in chunks:
+                store.refresh()
+                members = {key: member for key, member in chunk.members.items() if key not in store}
+                if members:
+                    store.add(work.encoded(chunk.what, chunk.bucket, members))
+                fresh.update(members)
+                done += len(chunk.members)
+                ticker.tick(done, chunk.what)
+    finally:
+        store.finish()  # also of a run that is interrupted here
+    return fresh
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoders:
+    """The family's hooks, and what they are given."""
+
+    family: LoadedFamily
+    components: Components
+    device: torch.device
+    max_pixels: int
+    rate: int
+    """Samples of sound per second; 0 where there is none."""
+
+    def encoded(self, what: What, bucket: Bucket | None, members: Mapping[str, Any]) -> dict[str, Entry]:
+        """The entries of a chunk."""
+        if bucket is None:
+            return self._prompts(members)
+        return self._images(bucket, members) if what == "images" else self._shown(bucket, members)
+
+    def _images(self, bucket: Bucket, items: Mapping[str, Item]) -> dict[str, Entry]:
+        """Latents, and what the denoiser is told about each image besides."""
+        media_B = self._media(bucket, [(item.path, item) for item in items.values()])
+        if "video" in self.family.facts.modalities and media_B.ndim == 4:
+            media_B = media_B.unsqueeze(2)  # an image is a video of one frame
+        latents_B = self.family.encode_images(self.components, media_B).float().cpu()
+        told_B = self.family.condition_on_images(self.components, media_B)
+        entries: dict[str, Entry] = {}
+        for (key, item), latents, told in zip(items.items(), latents_B, told_B, strict=True):
+            if not torch.isfinite(latents).all():
+                raise UserError(f"{item.path}: its latents are not finite; try mixed_precision no")
+            entries[key] = {LATENTS: latents.clone(), **_kept(told)}
+        return entries
+
+    def _shown(self, bucket: Bucket, items: Mapping[str, Item]) -> dict[str, Entry]:
+        """What the ControlNet is shown of each conditioning image."""
+        media_B = self._media(bucket, [(item.conditioning or item.path, item) for item in items.values()])
+        shown_B = encode_for_controlnet(self.family, self.components, media_B)
+        return {key: _kept({SHOWN: shown}) for key, shown in zip(items, shown_B, strict=True)}
+
+    def _prompts(self, captions: Mapping[str, str]) -> dict[str, Entry]:
+        """What the denoiser is told about each caption."""
+        answers = self.family.encode_prompts(self.components, list(captions.values()))
+        return {key: _kept(answer) for key, answer in zip(captions, answers, strict=True)}
+
+    def _media(self, bucket: Bucket, files: Sequence[tuple[Path, Item]]) -> Tensor:
+        kind = KINDS[bucket.config.dataset_type]
+        loaded = [kind.load(path, bucket.config, item.placement, self.max_pixels, self.rate) for path, item in files]
+        return torch.stack(loaded).to(self.device, image_dtype(self.components))
+
+
+def _sampling_rate(components: Components, buckets: Sequence[Bucket]) -> int:
+    sounds = any(bucket.config.dataset_type == "audio" for bucket in buckets)
+    return sampling_rate(components.pipeline) if sounds else 0
 
 
 def _kept(conditioning: Conditioning) -> Conditioning:
@@ -162,7 +312,3 @@ def _kept(conditioning: Conditioning) -> Conditioning:
 
 def _to(conditioning: Conditioning, device: torch.device) -> Conditioning:
     return {name: tensor.to(device) for name, tensor in conditioning.items()}
-
-
-def _chunks(values: Sequence[T], size: int) -> Iterable[Sequence[T]]:
-    return (values[i : i + size] for i in range(0, len(values), size))
