@@ -126,14 +126,15 @@ def told(site: Site, project: Callable[..., Path], tmp_path: Path, monkeypatch: 
 
 
 def add_conditioning_images(project: Path) -> None:
-    """For each image of a project one that is black on the left and white on the right."""
+    """For each image of a project one that is black on the left and white on the right, and differs from the others."""
     image = Image.new("RGB", (40, 40))
     image.paste((255, 255, 255), (20, 0, 40, 40))
     entries = json.loads((project / "buckets.json").read_text())
     for entry in entries:
         entry["conditioning_data_dir"] = f"{entry['instance_data_dir']}-shown"
         Path(entry["conditioning_data_dir"]).mkdir()
-        for file in Path(entry["instance_data_dir"]).glob("*.png"):
+        for number, file in enumerate(sorted(Path(entry["instance_data_dir"]).glob("*.png"))):
+            image.putpixel((0, 0), (number, len(entry["id"]), ord(entry["id"][0])))  # equal images are encoded once
             image.save(Path(entry["conditioning_data_dir"], file.name))
     (project / "buckets.json").write_text(json.dumps(entries))
 
