@@ -14,7 +14,7 @@ import pytest
 
 from slider_hooks import Family, Flow, Option
 from slider_plugin.config import BucketConfig, RunConfig
-from slider_plugin.configfile import read_config, read_prompts, to_json
+from slider_plugin.configfile import read_config, to_json
 from slider_plugin.errors import ConfigError, UserError
 from slider_plugin.known_keys import CONFIG_KEYS, ENTRY_KEYS, PROMPT_KEYS, VALUES
 from slider_plugin.wording import NOT_FLAGS, key_help
@@ -149,7 +149,8 @@ def test_the_snippets_of_the_specification(project: Callable[..., Path], tmp_pat
     project()
     config, notes = read_config(write(tmp_path / "quick.json", quick), flags)
     assert config.slider_lora_target and config.learning_rate == 5e-5 and config.lora_rank == 16 and notes == ()
-    found = read_prompts(write(tmp_path / "library.json", library))
+    write(tmp_path / "library.json", library)
+    found = read_config(tmp_path / "quick.json", [*flags, "--user_prompt_library", str(tmp_path / "library.json")])[0].prompts
     assert [(p.name, p.prompt, p.adapter_strength) for p in found] == [
         ("plain", "regular prompt", None), ("slider_plus", "same prompt", 1.2), ("slider_minus", "same prompt", 0.5),
     ]  # fmt: skip
@@ -531,7 +532,7 @@ def test_prompt_library(project: Callable[..., Path], tmp_path: Path) -> None:
 )
 def test_broken_prompt_libraries(tmp_path: Path, library: object, said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
-        read_prompts(write(tmp_path / "p.json", library))
+        read_config(None, ["--model_family", "z_image", "--user_prompt_library", str(write(tmp_path / "p.json", library))])
 
 
 # --- Writing and help -------------------------------------------------------------------------------------------------
