@@ -176,7 +176,7 @@ SECTIONS = {
     "model_family": "model",
     "lora_type": "adapter",
     "data_backend_config": "data",
-    "max_train_steps": "training",
+    "slider_objective": "training",
     "output_dir": "output",
     "validation_prompt": "validation",
     "strict": "behaviour",
@@ -268,6 +268,9 @@ class RunConfig(_Strict):
     )
 
     # --- training
+    slider_objective: Literal["bucket", "pair"] = Field(
+        "bucket", description="pair: positive and negative images match by file name, and are trained with the same noise"
+    )
     max_train_steps: Count = Field(1000, description="optimizer steps")
     train_batch_size: Count = Field(1, description="images per draw")
     gradient_accumulation_steps: Count = Field(1, description="draws per optimizer step, rounded up to whole cycles")

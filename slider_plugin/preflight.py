@@ -5,7 +5,7 @@ Reads JSON and image headers, and builds the denoiser on the meta device, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -19,6 +19,7 @@ from slider_plugin.data.buckets import Bucket, Buckets, open_buckets
 from slider_plugin.data.cache import check_cache
 from slider_plugin.data.conditioning import first_conditioning_image
 from slider_plugin.data.images import check_image as check_image_file
+from slider_plugin.data.pairs import matched
 from slider_plugin.data.sampler import cycle_length
 from slider_plugin.errors import ConfigError, UserError
 from slider_plugin.files import check_writable
@@ -62,6 +63,9 @@ class Preflight:
     draws_per_step: int
     """`gradient_accumulation_steps`, rounded up to whole cycles."""
 
+    twins: Mapping[str, str]
+    """Of matched pairs, the negative bucket by the positive one; empty for other objectives."""
+
     neutral_scale: float
     size: tuple[int, int]
     """(width, height) of most training images."""
@@ -82,6 +86,7 @@ def preflight(config: RunConfig, family: LoadedFamily) -> Preflight:
     _or_note(problems, lambda: check_times(config, family, model))
     _or_note(problems, lambda: check_trackers(config))
     opened = _or_note(problems, lambda: open_buckets(config, alignment(config)))
+    twins = _or_note(problems, lambda: twins_of(config, opened)) or {}
     problems.extend(foreign_data(config, family.facts))
     _or_note(problems, lambda: check_output(config))
     _or_note(problems, lambda: check_cache(config))
@@ -89,7 +94,7 @@ def preflight(config: RunConfig, family: LoadedFamily) -> Preflight:
         _or_note(problems, lambda: _check_first_frame(config, family, model))
     if problems or model is None or opened is None:
         raise ConfigError(problems)
-    return _facts(config, model, targets, denoiser, opened)
+    return _facts(config, model, targets, denoiser, opened, twins)
 
 
 def _or_note(problems: list[str], work: Callable[[], T]) -> T | None:
@@ -103,7 +108,14 @@ def _or_note(problems: list[str], work: Callable[[], T]) -> T | None:
     return None
 
 
-def _facts(config: RunConfig, model: str, targets: TargetPlan | None, denoiser: Module | None, opened: Buckets) -> Preflight:
+def _facts(
+    config: RunConfig,
+    model: str,
+    targets: TargetPlan | None,
+    denoiser: Module | None,
+    opened: Buckets,
+    twins: Mapping[str, str],
+) -> Preflight:
     cycle = cycle_length([b.info(config.train_batch_size) for b in opened.buckets])
     draws = -(-config.gradient_accumulation_steps // cycle) * cycle
     warnings = [*opened.warnings, *(targets.warnings if targets else ()), *optimizer_warnings(config)]
@@ -119,6 +131,7 @@ def _facts(config: RunConfig, model: str, targets: TargetPlan | None, denoiser: 
         denoiser=denoiser,
         warnings=tuple(warnings),
         cycle=cycle,
+        twins=twins,
         draws_per_step=draws,
         neutral_scale=config.neutral_strength or max((abs(b.strength or 0.0) for b in opened.buckets), default=0.0) or 1.0,
         size=_most_common_size(opened),
@@ -162,6 +175,11 @@ def control_image(config: RunConfig) -> Path:
 
 def _is_there(bucket: BucketConfig) -> bool:
     return bucket.conditioning_data_dir is not None and bucket.conditioning_data_dir.is_dir()
+
+
+def twins_of(config: RunConfig, opened: Buckets | None) -> dict[str, str]:
+    """The matched pairs of buckets, where the objective is one of pairs. Raises ConfigError with what does not match."""
+    return matched(opened.buckets) if opened is not None and config.slider_objective == "pair" else {}
 
 
 def num_frames(config: RunConfig) -> int:

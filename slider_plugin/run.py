@@ -41,7 +41,7 @@ def train(config: RunConfig) -> Outcome:
     adapter = stages.attach(config, family, components, targets, machine)
     data = stages.encode(config, family, components, checked, machine)
     parked = stages.park(config, components, machine)
-    sampler = family.build_sampler(data.infos(), config.seed, config.data_backend_sampling, checked.neutral_scale)
+    sampler = stages.build_sampler(config, family, data, checked)
     trainer = stages.build_trainer(config, family, components, adapter, data, sampler, checked, machine)
     with reporting(config, machine):
         finished, seconds = stages.run(config, trainer, checked, parked)

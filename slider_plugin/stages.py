@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
-from slider_hooks import Components, LoadRequest, PromptEntry, Sampler
+from slider_hooks import BucketInfo, Components, LoadRequest, PromptEntry, Sampler
 from slider_plugin import console
 from slider_plugin.adapterfile import read_tensors
 from slider_plugin.adapters.attach import (
@@ -33,6 +34,7 @@ from slider_plugin.data.cache import Cache, Memory, Store, cache_folder
 from slider_plugin.data.digests import Digests
 from slider_plugin.data.encode import Encoded, encode_once
 from slider_plugin.data.fingerprint import Opaque, fingerprint
+from slider_plugin.data.pairs import PairSampler
 from slider_plugin.errors import ConfigError, UserError
 from slider_plugin.export import slider_metadata
 from slider_plugin.files import folder_replacing, write_json
@@ -233,6 +235,20 @@ def park(config: RunConfig, components: Components, machine: Accelerator) -> Par
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
+def build_sampler(config: RunConfig, family: LoadedFamily, data: Encoded, checked: Preflight) -> Sampler:
+    """The order in which buckets are drawn."""
+
+    def build(buckets: Sequence[BucketInfo]) -> Sampler:
+        return family.build_sampler(buckets, config.seed, config.data_backend_sampling, checked.neutral_scale)
+
+    if not checked.twins:
+        return build(data.infos())
+    strengths = {info.name: info.strength or 0.0 for info in data.infos()}
+    neutral = [info for info in data.infos() if not info.strength]
+    positive = build([info for info in data.infos() if info.name in checked.twins])
+    return PairSampler(positive, build(neutral) if neutral else None, checked.twins, strengths)
+
+
 def build_trainer(
     config: RunConfig,
     family: LoadedFamily,
@@ -417,7 +433,7 @@ def export(config: RunConfig, trainer: Trainer, targets: TargetPlan, checked: Pr
         steps=trainer.step,
         seed=config.seed,
         base_model=checked.model,
-        objective="bucket",
+        objective=config.slider_objective,
         extra=_extra(config, family),
     )
     path = config.output_dir / EXPORTED

@@ -545,7 +545,7 @@ CHANGED: dict[str, Any] = {
     "assistant_lora_path": "adapters", "assistant_lora_weight_name": "a.safetensors", "assistant_lora_strength": 0.5,
     "assistant_lora_inference_strength": 0.25, "disable_assistant_lora": True,
     "controlnet": True, "controlnet_model_name_or_path": "org/control", "controlnet_conditioning_scale": 0.5,
-    "controlnet_zero_layers": "refuse", "validation_control_image": "outline.png",
+    "slider_objective": "pair", "controlnet_zero_layers": "refuse", "validation_control_image": "outline.png",
     "peft_lora_target_modules": ["to_q"], "data_backend_sampling": "auto-weighting", "resolution": 64,
     "resolution_type": "pixel", "caption_strategy": "filename", "instance_prompt": "all", "minimum_image_size": 8,
     "maximum_image_size": 99.5, "target_downsample_size": 70, "aspect_bucket_alignment": 8, "skip_unreadable_images": True,

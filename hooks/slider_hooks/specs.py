@@ -57,7 +57,8 @@ def resolve_lora_targets(
 def build_sampler(
     family: Family, buckets: Sequence[BucketInfo], seed: int, weighting: str, neutral_scale: float
 ) -> Sampler | None:
-    """Build the sampler over the buckets. Called once per run, and never on a batch.
+    """Build the sampler over the buckets. Called once per run, and never on a batch; for matched pairs (`slider_objective`)
+    once for the positive buckets, whose twins the host draws with them, and once for the neutral ones.
 
     Args:
         family: the facts of this family.

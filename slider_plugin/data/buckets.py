@@ -64,6 +64,9 @@ class Bucket:
     repeats: int
     items: tuple[Item, ...]
     config: BucketConfig
+    order: str = ""
+    """What the order of its images is drawn from; buckets of a pair have it in common. "" is the name."""
+
     _latest: tuple[tuple[int, int, int], Plan] | None = field(default=None, init=False, repr=False)
 
     def info(self, batch_size: int) -> BucketInfo:
@@ -99,7 +102,9 @@ class Bucket:
         return latest[1]
 
     def _make_plan(self, epoch: int, seed: int, batch_size: int) -> Plan:
-        numbers = random.Random(f"{seed}/{epoch}/{self.name}")  # a text seed is hashed with SHA-512, not with hash()
+        numbers = random.Random(
+            f"{seed}/{epoch}/{self.order or self.name}"
+        )  # a text seed is hashed with SHA-512, not with hash()
         batches: list[list[int]] = []
         for members in self.shapes().values():
             # Pass after pass, so that an image does not meet itself in a batch if it can be helped.
