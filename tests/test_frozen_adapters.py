@@ -186,34 +186,6 @@ def input_shape(layer: Any) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_slider_does_not_reach_the_assistant(family: str, route: str, tiny_folders: Folders, tmp_path: Path) -> None:
-    """Per layer, with minus without the assistant is the same at +1, 0 and -1; at 0 the model is base plus assistant."""
-    alone = subject_of(family, tiny_folders)
-    file = write_lora(tmp_path / "assistant.safetensors", alone)
-    wrapped = set(slider(subject_of(family, tiny_folders), route).modules)
-    add(alone, file)
-    wanted, names = answer(alone), list(alone.denoiser.state_dict())
-
-    subject = subject_of(family, tiny_folders)
-    assert names == list(subject.denoiser.state_dict())
-    frozen = add(subject, file)
-    adapter = slider(subject, route)
-    assert set(adapter.modules) == wrapped and wrapped & set(frozen.modules) and set(frozen.modules) - wrapped
-    with adapter.scaled(0.0):
-        assert torch.equal(answer(subject), wanted)
-    for name in frozen.modules:
-        added = []
-        for scale in (1.0, 0.0, -1.0):
-            with adapter.scaled(scale):
-                outputs = changes_of(subject, name, {"a": (frozen, 0.0)}, ("a", ""))
-            added.append(outputs["a"] - outputs[""])
-        size = max(float(outputs["a"].abs().max()), 1.0)
-        assert added[0].abs().max() > 1e-3, name
-        assert all(torch.allclose(one, added[1], rtol=0, atol=1e-5 * size) for one in added), name
-
-
-@pytest.mark.parametrize("route", ROUTES)
 def test_gradients_are_right_with_checkpointing_and_only_the_slider_has_any(
     route: str, tiny_folders: Folders, tmp_path: Path
 ) -> None:

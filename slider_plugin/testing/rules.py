@@ -13,13 +13,14 @@ import dataclasses
 import math
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from slider_hooks import Diffusion, Flow, PromptEntry, TargetRequest
+from slider_plugin.adapters.base import Adapter
 from slider_plugin.adapters.peft_lora import LoraAdapter
 from slider_plugin.objectives.bucket import learning_loss
 from slider_plugin.targets import resolve_targets
@@ -60,7 +61,7 @@ def every_target_learns_and_nothing_else_moves(subject: Subject) -> None:
     for _ in range(2):  # the first moves B away from zero, without which A has no gradient
         for scale in SCALES:
             with adapter.scaled(scale):
-                _loss(subject, positive=scale > 0).backward()
+                bucket_loss(subject, positive=scale > 0).backward()
         grads = {n: 0.0 if p.grad is None else float(p.grad.abs().sum()) for n, p in adapter.named_parameters()}
         optimizer.step()
         optimizer.zero_grad()
@@ -77,7 +78,7 @@ def gradients_are_those_of_the_loss(subject: Subject) -> None:
     then follows a wrong direction with a falling loss. What lies before the cut has the wrong gradient.
     """
     adapter = attached(subject, trained=True)
-    _loss(subject, positive=True).backward()
+    bucket_loss(subject, positive=True).backward()
     grads = {name: p.grad.clone() for name, p in adapter.named_parameters() if p.grad is not None}
     whole = _norm(grads.values())
     for name, parameter in adapter.named_parameters():
@@ -97,7 +98,7 @@ def _slope(subject: Subject, parameter: Tensor, direction: Tensor, length: float
     start, losses = parameter.clone(), []
     for step in (length, -length):
         parameter.copy_(start + step * direction)
-        losses.append(float(_loss(subject, positive=True).double()))
+        losses.append(float(bucket_loss(subject, positive=True).double()))
     parameter.copy_(start)
     return (losses[0] - losses[1]) / (2 * length)
 
@@ -124,19 +125,29 @@ def scale_zero_is_the_base_model(subject: Subject) -> None:
 def minus_mirrors_plus(subject: Subject) -> None:
     """Per wrapped layer, on the input that it really gets: its change at -1 is minus the one at +1."""
     adapter = attached(subject, trained=True)
-    inputs = _inputs_of(subject, adapter)
+    layers_mirror(subject.denoiser, adapter, inputs_of(subject, subject.denoiser, adapter.modules))
+
+
+@torch.no_grad()
+def layers_mirror(model: torch.nn.Module, adapter: Adapter, inputs: Mapping[str, Tensor]) -> None:
+    """Raise AssertionError unless each layer that an adapter wraps has an input, and changes at -1 by minus its change at +1.
+
+    Args:
+        model: that the adapter is in.
+        adapter: with weights that are not zero.
+        inputs: what `inputs_of` gives for its modules.
+    """
     assert set(inputs) == set(adapter.modules), f"never called: {sorted(set(adapter.modules) - set(inputs))[:3]}"
-    with torch.no_grad():
-        for name, value in inputs.items():
-            layer = subject.denoiser.get_submodule(name)
-            answers: dict[float, Tensor] = {}
-            for scale in (0.0, *SCALES):
-                with adapter.scaled(scale):
-                    answers[scale] = layer(value).double()
-            plus, minus = answers[1.0] - answers[0.0], answers[-1.0] - answers[0.0]
-            size = answers[0.0].abs().max().clamp_min(plus.abs().max())
-            assert plus.abs().max() > 0, f"{name}: the adapter changes nothing"
-            assert (plus + minus).abs().max() <= LINEAR * size, f"{name}: -1 misses the mirror of +1 by {_gap(plus, -minus)}"
+    for name, value in inputs.items():
+        layer = model.get_submodule(name)
+        answers: dict[float, Tensor] = {}
+        for scale in (0.0, *SCALES):
+            with adapter.scaled(scale):
+                answers[scale] = layer(value).double()
+        plus, minus = answers[1.0] - answers[0.0], answers[-1.0] - answers[0.0]
+        size = answers[0.0].abs().max().clamp_min(plus.abs().max())
+        assert plus.abs().max() > 0, f"{name}: the adapter changes nothing"
+        assert (plus + minus).abs().max() <= LINEAR * size, f"{name}: -1 misses the mirror of +1 by {_gap(plus, -minus)}"
 
 
 def no_target_sees_text_alone(subject: Subject) -> None:
@@ -266,8 +277,8 @@ def attached(subject: Subject, trained: bool = False) -> LoraAdapter:
     return adapter
 
 
-def _loss(subject: Subject, positive: bool) -> Tensor:
-    """The bucket loss on two samples."""
+def bucket_loss(subject: Subject, positive: bool) -> Tensor:
+    """The bucket loss on two samples, whose noise differs by the sign."""
     process = noise_process(subject.family.facts, subject.components)
     clean = subject.latents(2)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(13 if positive else 17))
@@ -279,14 +290,14 @@ def _loss(subject: Subject, positive: bool) -> Tensor:
     return learning_loss(prediction, process.target(clean, noise, time_B))
 
 
-def _inputs_of(subject: Subject, adapter: LoraAdapter) -> dict[str, Tensor]:
-    """The first input of each wrapped layer in one call."""
+def inputs_of(subject: Subject, model: torch.nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """The first input of each named layer of a model in one call of the denoiser; layers that are never called have none."""
     inputs: dict[str, Tensor] = {}
     handles = [
-        subject.denoiser.get_submodule(name).register_forward_pre_hook(
+        model.get_submodule(name).register_forward_pre_hook(
             lambda _, arguments, name=name: inputs.__setitem__(name, arguments[0].detach().clone())
         )
-        for name in adapter.modules
+        for name in names
     ]
     with torch.no_grad():
         subject.predict(subject.latents(2), subject.conditioning(PROMPTS))
