@@ -13,7 +13,7 @@ from slider_plugin.config import RunConfig
 from slider_plugin.preflight import Preflight, preflight
 from slider_plugin.registry import Plugins
 from slider_plugin.targets import TargetPlan, listed
-from slider_plugin.training.optimizers import KINDS
+from slider_plugin.training.memory import Unpredictable, bytes_per_trained, predict_footprint
 
 if TYPE_CHECKING:
     from slider_plugin.family import LoadedFamily
@@ -51,7 +51,7 @@ def _model(config: RunConfig, family: LoadedFamily, checked: Preflight) -> list[
         facts.add_row("trainable", f"{what}: parameters are counted once the model is loaded")
         return [facts]
     facts.add_row("trainable", f"{trainable:,} parameters, {what}, of {base:,}")
-    facts.add_row("memory", _memory(config, base, trainable))
+    _memory_rows(facts, config, family, checked, _at_rest(config, base, trainable))
     return [facts]
 
 
@@ -78,12 +78,44 @@ def _target_rows(facts: Table, plan: TargetPlan) -> None:
         facts.add_row("reach text", listed(plan.forbidden))
 
 
-def _memory(config: RunConfig, base: int, trainable: int) -> str:
-    """Weights at rest; activations depend on resolution and batch and are not in it."""
+def _at_rest(config: RunConfig, base: int, trainable: int) -> int:
+    """Bytes of weights, adapter and optimizer."""
     frozen = base * (2 if config.mixed_precision == "bf16" else 4)
-    average = 4 if config.use_ema else 0
-    training = trainable * (4 + 4 + KINDS[config.optimizer].state_bytes + average)  # weight and gradient are float32
-    return f"{(frozen + training) / GIB:.2f} GiB for denoiser, adapter and optimizer; activations and encoders come on top"
+    return frozen + trainable * bytes_per_trained(config)
+
+
+def _memory_rows(facts: Table, config: RunConfig, family: LoadedFamily, checked: Preflight, at_rest: int) -> None:
+    """The peak of a training step and what it is made of; where that cannot be told, what is there between steps."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        footprint = predict_footprint(config, family, checked, device)
+    except Unpredictable as error:
+        facts.add_row("memory", f"{_gib(at_rest)} for denoiser, adapter and optimizer; activations are not told: {error}")
+        return
+    facts.add_row("weights", f"{_gib(footprint.weights)} of the denoiser")
+    facts.add_row("adapter", f"{_gib(footprint.adapter)} with gradients and optimizer")
+    batch = f"{config.train_batch_size} of {checked.size[0]}x{checked.size[1]}"
+    kept = "with" if config.gradient_checkpointing else "without"
+    facts.add_row("activations", f"{_gib(footprint.activations)} at batches of {batch}, {kept} gradient checkpointing")
+    facts.add_row("peak", f"{_gib(footprint.total)} while training; encoders and decoders are not in memory then")
+    if device.type == "cuda" and (there := torch.cuda.get_device_properties(device).total_memory) < footprint.total:
+        facts.add_row("", f"warning: this GPU has {_gib(there)}; {_smaller(config)}")
+
+
+def _smaller(config: RunConfig) -> str:
+    """What takes less memory, of what is not taken already."""
+    ways = {
+        "set gradient_checkpointing": not config.gradient_checkpointing,
+        "lower train_batch_size": config.train_batch_size > 1,
+        "write signs_in_one_forward: no": config.signs_in_one_forward != "no",
+    }
+    return ", ".join([*(way for way, is_open in ways.items() if is_open), "lower resolution"])
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def _buckets(config: RunConfig, checked: Preflight) -> Table:

@@ -5,9 +5,11 @@ The families' own loaders call these functions too; they are for everybody's fam
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,81 @@ def on_meta(denoiser_class: Any, config: Mapping[str, Any]) -> Any:
         return denoiser_class.from_config(dict(config)) if hasattr(denoiser_class, "from_config") else denoiser_class(**config)
 
 
+_WITHOUT_WEIGHTS: ContextVar[Any] = ContextVar("_WITHOUT_WEIGHTS", default=None)
+
+
+@contextlib.contextmanager
+def without_weights(mode: Any) -> Iterator[None]:
+    """Inside, `load_pipeline_components` builds the models of a folder from their configurations and reads no weights.
+
+    Args:
+        mode: a `FakeTensorMode`, under which models of any size take no memory; their tensors are fake ones.
+    """
+    token = _WITHOUT_WEIGHTS.set(mode)
+    try:
+        yield
+    finally:
+        _WITHOUT_WEIGHTS.reset(token)
+
+
+def _models_without_weights(folder: Path, dtype: Any) -> dict[str, Any]:
+    """The models of a pipeline folder by the names of their parts; nothing unless `without_weights` is on."""
+    import torch
+
+    mode = _WITHOUT_WEIGHTS.get()
+    if mode is None:
+        return {}
+
+    index = json.loads((folder / INDEX_FILES[0]).read_text(encoding="utf-8"))
+    models = {}
+    for name, entry in index.items():
+        if not isinstance(entry, list) or len(entry) < 2 or not isinstance(entry[0], str) or not (folder / name).is_dir():
+            continue
+        found = _part_class(*entry[:2])
+        if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
+            continue
+        with mode:
+            if hasattr(found, "from_config") and hasattr(found, "load_config"):
+                model = found.from_config(found.load_config(folder / name))
+            else:
+                model = found(found.config_class.from_pretrained(folder / name))
+            _cast(model, dtype)
+        models[name] = model
+    return models
+
+
+def refuse_without_weights(family: Family) -> None:
+    """Raise UserError inside `without_weights`: for loaders that read weights in another way than `load_pipeline_components`."""
+    if _WITHOUT_WEIGHTS.get() is not None:
+        raise UserError(f"{family.name} has a loader of its own")
+
+
+def _cast(model: Any, dtype: Any) -> None:
+    """What `model.to(dtype)` does, which PyTorch refuses for fake tensors. What was one parameter stays one."""
+    import torch
+
+    cast: dict[int, Any] = {}
+    kept = list(model.parameters())  # so that no number comes up twice
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_floating_point():
+                if id(parameter) not in cast:
+                    cast[id(parameter)] = torch.nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+                module._parameters[name] = cast[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(dtype)
+    del kept
+
+
+def _part_class(library: str, name: str) -> Any | None:
+    """The class of a part as model_index.json writes it: of a library, or of a module of diffusers' pipelines."""
+    import diffusers
+
+    module = getattr(diffusers.pipelines, library, None) or importlib.import_module(library)
+    return getattr(module, name, None)
+
+
 def _or(values: tuple[Any, ...]) -> str:
     return " or ".join(repr(v) for v in values)
 
@@ -128,6 +205,9 @@ def load_pipeline_components(family: Family, request: LoadRequest, pipeline_clas
     if folder is not None:
         check_folder(family, folder)
     loader = getattr(diffusers, pipeline_class or family.pipeline_class or "DiffusionPipeline")
+    models = _models_without_weights(folder, request.dtype) if folder is not None else {}
+    if models and folder is not None:  # `DiffusionPipeline` loads parts that it is given all the same
+        loader = pipeline_class_of(folder) or loader
     try:
         pipeline = loader.from_pretrained(
             request.model,
@@ -135,7 +215,7 @@ def load_pipeline_components(family: Family, request: LoadRequest, pipeline_clas
             use_safetensors=True,
             revision=request.revision,
             variant=request.variant,
-            **family.load_kwargs,
+            **models | dict(family.load_kwargs),
         )
     except (OSError, ValueError, ImportError) as error:  # ImportError: a part needs a library that is not installed
         raise UserError(f"{request.model} could not be loaded as a {family.title} pipeline: {_first_line(error)}") from error

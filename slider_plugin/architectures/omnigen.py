@@ -107,8 +107,9 @@ FAMILY = Family(
 @hookimpl
 def load_components(family: Family, request: LoadRequest) -> Components:
     """The pipeline's parts, around them the pipeline that needs no torchvision."""
-    from slider_plugin.loading import check_folder, model_folder
+    from slider_plugin.loading import check_folder, model_folder, refuse_without_weights
 
+    refuse_without_weights(family)
     folder = model_folder(family, request.model)
     if folder is not None:
         check_folder(family, folder)

@@ -7,7 +7,7 @@ from typing import Any
 
 from slider_hooks import Components, Family, LoadRequest, UserError
 from slider_plugin.common.calls import PipelineCall
-from slider_plugin.loading import check_folder, model_folder, prediction_of
+from slider_plugin.loading import check_folder, model_folder, prediction_of, refuse_without_weights
 
 MODULAR_INDEX = "modular_model_index.json"
 
@@ -24,6 +24,7 @@ def load_modular_components(family: Family, request: LoadRequest, build: Callabl
     Raises:
         UserError: the folder is missing, is no pipeline folder, holds another family's model, or a part does not load.
     """
+    refuse_without_weights(family)
     folder = model_folder(family, request.model)
     if folder is not None:
         check_folder(family, folder)

@@ -1,0 +1,179 @@
+"""Memory of a training step: told beforehand, against the allocator's own account; and no more than a bare loop takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slider_plugin import stages
+from slider_plugin.cli import execute
+from slider_plugin.configfile import read_config
+from slider_plugin.preflight import preflight
+from slider_plugin.registry import Plugins
+from slider_plugin.training.loop import Trainer
+from slider_plugin.training.memory import Footprint, LiveBytes, Unpredictable, predict_footprint
+
+Project = Callable[..., Path]
+CPU = torch.device("cpu")
+
+
+def trainer_of(config: Path) -> Trainer:
+    """The trainer as `run.train` builds it, before its first step."""
+    parsed = read_config(config, (), Plugins.discover().facts)[0]
+    family = Plugins.discover().load(parsed.model_family)
+    checked = preflight(parsed, family)
+    machine = stages.open_machine(parsed)
+    components = stages.load(parsed, family, checked, machine)
+    adapter = stages.attach(parsed, family, components, stages.find_targets(parsed, family, checked, components), machine)
+    data = stages.encode(parsed, family, components, checked, machine)
+    sampler = family.build_sampler(data.infos(), parsed.seed, parsed.data_backend_sampling, checked.neutral_scale)
+    return stages.build_trainer(parsed, family, components, adapter, data, sampler, checked, machine)
+
+
+def allocated(work: Callable[[], Any]) -> int:
+    """The most bytes that the processor's allocator had given out during the work, beyond those before it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    assert changes, "the profiler recorded no memory"
+    now = most = 0
+    for _, change in changes:
+        now += change
+        most = max(most, now)
+    return most
+
+
+def size(tensors: Iterable[Any]) -> int:
+    return sum({id(t): t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor)}.values())
+
+
+def held(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Weights, adapter and optimizer: what is there before and after every step."""
+    states = (value for state in optimizer.state.values() for value in state.values())
+    return size([*model.parameters(), *model.buffers(), *states])
+
+
+def measured(config: Path) -> int:
+    """The allocator's peak in the second step of a run."""
+    trainer = trainer_of(config)
+    trainer.optimizer_step()
+    before = held(trainer.components.denoiser, trainer.optimizer)
+    return before + allocated(trainer.optimizer_step)
+
+
+def predicted(config: Path) -> Footprint:
+    parsed = read_config(config, (), Plugins.discover().facts)[0]
+    family = Plugins.discover().load(parsed.model_family)
+    return predict_footprint(parsed, family, preflight(parsed, family), CPU)
+
+
+@pytest.mark.parametrize(
+    ("family", "checkpointing"),
+    [
+        ("sd1", False),
+        ("sd1", True),
+        ("flux", True),
+        ("wan", False),
+        *(
+            pytest.param(family, checkpointing, marks=pytest.mark.slow)
+            for family in ("sdxl", "z_image", "flux", "wan")
+            for checkpointing in (False, True)
+            if (family, checkpointing) not in (("flux", True), ("wan", False))
+        ),
+    ],
+)
+def test_the_peak_is_told_beforehand(project: Project, family: str, checkpointing: bool) -> None:
+    config = project(family, resolution=256 if family in ("flux", "wan") else 128, gradient_checkpointing=checkpointing)
+    told, found = predicted(config), measured(config)
+    print(family, checkpointing, told, told.total, found, f"{told.total / found:.3f}")
+    assert told.activations > told.weights
+    assert told.total == pytest.approx(found, rel=0.15)
+
+
+def test_the_doctor_says_what_a_step_takes(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    config = project("sd1", resolution=128, optimizer="adamw")
+    told = predicted(config)
+    assert execute(["doctor", str(config)]) == 0
+    said = capsys.readouterr().out
+    for part, size_ in (("activations", told.activations), ("peak", told.total)):
+        assert any(line.startswith(part) and f"{size_ / 2**20:.1f} MiB" in line for line in said.splitlines()), said
+
+
+def test_a_gpu_that_is_too_small_is_warned_of(
+    project: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no GPU here: that there is one of 1 MB is stated, and what a step takes comes from the processor."""
+    from slider_plugin import doctor
+
+    told = doctor.predict_footprint
+    small = type("Small", (), {"total_memory": 1_000_000})()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: small)
+    monkeypatch.setattr(doctor, "predict_footprint", lambda config, family, checked, device: told(config, family, checked, CPU))
+    assert execute(["doctor", str(project("sd1"))]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "this GPU has 1.0 MiB; set gradient_checkpointing, lower train_batch_size" in said
+
+
+def test_more_images_and_no_checkpointing_take_more(project: Project) -> None:
+    config = project("flux", resolution=64)
+    parsed = read_config(config, (), Plugins.discover().facts)[0]
+    family = Plugins.discover().load("flux")
+
+    def activations(**changes: Any) -> int:
+        changed = parsed.model_copy(update=changes)
+        return predict_footprint(changed, family, preflight(changed, family), CPU).activations
+
+    usual = activations()
+    assert activations(train_batch_size=4) == pytest.approx(2 * usual, rel=0.1)
+    assert activations(gradient_checkpointing=True) < 0.8 * usual
+    assert activations(signs_in_one_forward="yes") == pytest.approx(2 * usual, rel=0.1)
+
+
+def test_a_model_that_cannot_be_run_without_values_is_named(project: Project) -> None:
+    with pytest.raises(Unpredictable, match="hidream cannot be run without values"):
+        predicted(project("hidream"))
+
+
+def test_live_bytes_are_counted_to_the_byte() -> None:
+    with LiveBytes([]) as live:
+        first = torch.zeros(1000)
+        second = first[:500].add(1.0)
+        second.view(50, 10).mul_(2.0)  # takes nothing
+        assert live.live == live.peak == 6000
+        del first, second
+        assert live.live == 0
+        third = torch.ones(100)
+        assert (live.live, live.peak) == (400, 6000)
+        del third
+
+
+def test_the_trainer_takes_no_more_than_a_bare_loop(project: Project) -> None:
+    """The same model, adapter, batch and optimizer, in ten lines; encoders and the autoencoder left memory before."""
+    trainer = trainer_of(project("sd1", resolution=128))
+    trainer.optimizer_step()
+    before = held(trainer.components.denoiser, trainer.optimizer)
+    ours = before + allocated(trainer.optimizer_step)
+    draws = [next(trainer.sampler) for _ in range(trainer.draws_per_step)]
+    unet, scheduler = trainer.components.denoiser, trainer.components.scheduler
+
+    def bare_step() -> None:
+        for draw in draws:
+            batch = trainer.data.batch(draw)
+            noise, time_B = torch.randn_like(batch.clean_BCHW), torch.randint(1000, (len(batch.clean_BCHW),))
+            noisy = scheduler.add_noise(batch.clean_BCHW, noise, time_B)
+            text = torch.stack([told["prompt_embeds"] for told in batch.conditioning])
+            with trainer.adapter.scaled(draw.scale):
+                answer = unet(noisy, time_B, encoder_hidden_states=text).sample
+                (torch.nn.functional.mse_loss(answer, noise) / len(draws)).backward()
+        torch.nn.utils.clip_grad_norm_(trainer.adapter.parameters(), 1.0)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+    bare = before + allocated(bare_step)
+    assert ours <= 1.03 * bare, (ours, bare)
