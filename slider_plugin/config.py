@@ -193,6 +193,9 @@ class RunConfig(_Strict):
     pretrained_model_name_or_path: str | None = Field(None, description="folder of a diffusers pipeline, or a hub id")
     revision: str | None = Field(None, description="revision of a hub id")
     variant: str | None = Field(None, description="variant of the weight files, such as fp16")
+    base_model_precision: Literal["no_change", "int8-torchao"] = Field(
+        "no_change", description="int8-torchao: the Linear layers of the frozen model in 8 bit, for a plain LoRA"
+    )
     model_type: Literal["lora"] = Field("lora", description="sliders are adapters")
 
     # --- adapter
@@ -279,6 +282,10 @@ class RunConfig(_Strict):
         description="the draws of a cycle share a forward, with the same gradient; auto: where there is a GPU and it fits",
     )
     gradient_checkpointing: bool = Field(False, description="less memory, more time")
+    torch_compile: Literal["no", "inductor", "aot_eager", "eager"] = Field(
+        "no",
+        description="compile the model's blocks with torch.compile; eager and aot_eager need no compiler, and gain nothing",
+    )
     learning_rate: Positive = Field(1e-4, description="peak learning rate; for prodigy a factor of its own, by default 1")
     optimizer: Literal["adamw", "adamw8bit", "prodigy", "adamw_schedulefree"] = Field(
         "adamw", description="adamw; adamw8bit of bitsandbytes; prodigy of prodigyopt; adamw_schedulefree of schedulefree"

@@ -11,11 +11,14 @@ from rich.table import Table
 from slider_plugin.adapters.frozen import frozen_files
 from slider_plugin.config import RunConfig
 from slider_plugin.preflight import Preflight, preflight
+from slider_plugin.quantise import bytes_at_rest
 from slider_plugin.registry import Plugins
 from slider_plugin.targets import TargetPlan, listed
 from slider_plugin.training.memory import Unpredictable, bytes_per_trained, predict_footprint
 
 if TYPE_CHECKING:
+    from torch.nn import Module
+
     from slider_plugin.family import LoadedFamily
 
 GIB = 2**30
@@ -51,7 +54,7 @@ def _model(config: RunConfig, family: LoadedFamily, checked: Preflight) -> list[
         facts.add_row("trainable", f"{what}: parameters are counted once the model is loaded")
         return [facts]
     facts.add_row("trainable", f"{trainable:,} parameters, {what}, of {base:,}")
-    _memory_rows(facts, config, family, checked, _at_rest(config, base, trainable))
+    _memory_rows(facts, config, family, checked, _at_rest(config, family, checked.denoiser, trainable))
     return [facts]
 
 
@@ -78,10 +81,9 @@ def _target_rows(facts: Table, plan: TargetPlan) -> None:
         facts.add_row("reach text", listed(plan.forbidden))
 
 
-def _at_rest(config: RunConfig, base: int, trainable: int) -> int:
+def _at_rest(config: RunConfig, family: LoadedFamily, denoiser: Module, trainable: int) -> int:
     """Bytes of weights, adapter and optimizer."""
-    frozen = base * (2 if config.mixed_precision == "bf16" else 4)
-    return frozen + trainable * bytes_per_trained(config)
+    return bytes_at_rest(denoiser, family.facts, config) + trainable * bytes_per_trained(config)
 
 
 def _memory_rows(facts: Table, config: RunConfig, family: LoadedFamily, checked: Preflight, at_rest: int) -> None:

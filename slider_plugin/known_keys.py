@@ -80,7 +80,7 @@ _CACHE = "latents and embeddings are kept in cache_dir, and found again by what 
 _BATCHES = "how many are encoded or written at once is decided here"
 _UPLOAD = "nothing is uploaded; upload the exported file yourself"
 _MIRROR = "a slider must mirror, and DoRA is not linear in its strength; use a plain LoRA"
-_QUANT = "weights are not quantised here; write no_change"
+_QUANT = "text encoders leave memory before training and are not quantised; write no_change"
 _EPOCHS = "steps are counted here, not epochs; use max_train_steps"
 _WEIGHTS = "every part comes from pretrained_model_name_or_path; put it into a copy of that folder"
 _EMA = "the moving average stays on the device and follows every step"
@@ -97,17 +97,20 @@ CONFIG_KEYS: Mapping[str, Known] = {
     "pretrained_transformer_model_name_or_path": _refused(None, _WEIGHTS),
     "pretrained_unet_model_name_or_path": _refused(None, _WEIGHTS),
     "train_text_encoder": _refused(False, "a slider leaves the text encoder alone; take it out", False),
-    "base_model_precision": _refused("no_change", _QUANT, "no_change", "no"),
     "text_encoder_1_precision": _refused("no_change", _QUANT, "no_change"),
     "text_encoder_2_precision": _refused("no_change", _QUANT, "no_change"),
     "text_encoder_3_precision": _refused("no_change", _QUANT, "no_change"),
     "text_encoder_4_precision": _refused("no_change", _QUANT, "no_change"),
     "base_model_default_dtype": _refused("bf16", "mixed_precision says in which type the frozen weights are kept; take it out"),
-    "quantize_via": _ignored("accelerator", "weights are not quantised here"),
+    "quantize_via": _ignored("accelerator", "weights are quantised before they go to the device"),
     "attention_mechanism": _ignored("diffusers", "attention is PyTorch's own"),
     "fuse_qkv_projections": _refused(False, "adapters attach to separate projections; take it out", False),
     "tokenizer_max_length": _refused(None, "the family decides how long prompts may be; take it out"),
     "gradient_checkpointing_interval": _ignored(None, _MEMORY),
+    "dynamo_mode": _refused(None, "torch_compile compiles in the default mode; take it out", "default"),
+    "dynamo_fullgraph": _ignored(False, "blocks are compiled as far as they can be"),
+    "dynamo_dynamic": _ignored(None, "PyTorch finds out which sizes vary"),
+    "dynamo_use_regional_compilation": _ignored(None, "blocks are compiled one by one where the model repeats them"),
     "enable_group_offload": _ignored(False, _MEMORY),
     "group_offload_type": _ignored("block_level", _MEMORY),
     "group_offload_blocks_per_group": _ignored(1, _MEMORY),
@@ -271,6 +274,7 @@ PROMPT_KEYS: Mapping[str, Known] = {
 
 RENAMED: Mapping[str, str] = {
     "checkpointing_steps": "checkpoint_step_interval",
+    "dynamo_backend": "torch_compile",
     "validation_steps": "validation_step_interval",
     "validation_lycoris_strength": "validation_adapter_strength",
     "optimizer_beta1": "adam_beta1",
@@ -296,6 +300,8 @@ _SAMPLED_CROP = Value("crops are square or keep the image's own aspect; write sq
 _COLUMNS = Value("captions come from file names, text files or instance_prompt; write filename, textfile or instanceprompt")
 _TRACKER = Value("metrics.jsonl is always written; write none or tensorboard")
 
+_EIGHT_BIT = ("int8-quanto", "fp8-quanto", "fp8uz-quanto", "fp8-torchao", "int8-bnb", "int8-sdnq")
+_FOUR_BIT = ("int4-quanto", "int2-quanto", "int4-torchao", "nf4-bnb", "bnb-nf4", "int4-sdnq")
 _PLAIN = Value("AdamW in float32 is used", instead="adamw")
 _MOVED = Value("it does not begin as the base model, so strength 0 would not be the base; write default or gaussian")
 
@@ -317,6 +323,12 @@ VALUES: Mapping[str, Mapping[Any, Value]] = {
         False: Value("", instead="no"),  # YAML reads a bare `no` as false
         "fp16": Value("float16 gradients underflow without loss scaling; write bf16 or no"),
     },
+    "base_model_precision": {
+        **dict.fromkeys(("no", False), Value("", instead="no_change")),
+        **dict.fromkeys(_EIGHT_BIT, Value("of 8 bit there is int8-torchao; write that, or no_change")),
+        **dict.fromkeys(_FOUR_BIT, Value("there is nothing below 8 bit in this version; write int8-torchao or no_change")),
+    },
+    "torch_compile": {True: Value("", instead="inductor"), False: Value("", instead="no")},
     "signs_in_one_forward": {True: Value("", instead="yes"), False: Value("", instead="no")},  # YAML's bare `yes` and `no`
     "report_to": {"wandb": _TRACKER, "comet_ml": _TRACKER, "all": _TRACKER, "swanlab": _TRACKER},
     "caption_strategy": {"parquet": _COLUMNS, "huggingface": _COLUMNS, "csv": _COLUMNS, "webshart": _COLUMNS},

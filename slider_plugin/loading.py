@@ -124,7 +124,7 @@ def _models_without_weights(folder: Path, dtype: Any) -> dict[str, Any]:
     for name, entry in index.items():
         if not isinstance(entry, list) or len(entry) < 2 or not isinstance(entry[0], str) or not (folder / name).is_dir():
             continue
-        found = _part_class(*entry[:2])
+        found: Any = _part_class(*entry[:2])
         if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
             continue
         with mode:
@@ -138,7 +138,7 @@ def _models_without_weights(folder: Path, dtype: Any) -> dict[str, Any]:
 
 
 def refuse_without_weights(family: Family) -> None:
-    """Raise UserError inside `without_weights`: for loaders that read weights in another way than `load_pipeline_components`."""
+    """Raise UserError inside `without_weights`: for loaders that do not go through `load_pipeline_components`."""
     if _WITHOUT_WEIGHTS.get() is not None:
         raise UserError(f"{family.name} has a loader of its own")
 

@@ -24,7 +24,9 @@ from slider_plugin.data.sampler import cycle_length
 from slider_plugin.errors import ConfigError, UserError
 from slider_plugin.files import check_writable
 from slider_plugin.loading import check_folder, denoiser_class_of, denoiser_config, model_folder, on_meta, pipeline_class_of
+from slider_plugin.quantise import check_quantise
 from slider_plugin.targets import TargetPlan
+from slider_plugin.training.compiling import check_compile
 from slider_plugin.training.optimizers import KINDS, check_optimizer, optimizer_warnings
 from slider_plugin.training.times import time_problems
 from slider_plugin.training.watch import check_trackers
@@ -83,6 +85,8 @@ def preflight(config: RunConfig, family: LoadedFamily) -> Preflight:
     _or_note(problems, lambda: check_frozen(config, family.facts, denoiser))
     _or_note(problems, lambda: check_start(config, family, targets))
     _or_note(problems, lambda: check_optimizer(config))
+    _or_note(problems, lambda: check_compile(config))
+    _or_note(problems, lambda: check_quantise(config))
     _or_note(problems, lambda: check_times(config, family, model))
     _or_note(problems, lambda: check_trackers(config))
     opened = _or_note(problems, lambda: open_buckets(config, alignment(config)))

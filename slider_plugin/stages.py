@@ -49,8 +49,10 @@ from slider_plugin.preflight import (
     model_of,
     num_frames,
 )
+from slider_plugin.quantise import quantise
 from slider_plugin.targets import TargetPlan
 from slider_plugin.training.checkpoint import Position, find_checkpoint, load_checkpoint, save_checkpoint, verify
+from slider_plugin.training.compiling import compile_model
 from slider_plugin.training.ema import Ema, finished_weights
 from slider_plugin.training.loop import StepReport, Trainer
 from slider_plugin.training.noise import noise_process
@@ -117,7 +119,10 @@ def load_model(config: RunConfig, family: LoadedFamily, model: str, machine: Acc
         options=config.family_options,
     )
     components = family.load_components(request)
-    components.denoiser.requires_grad_(False).eval().to(machine.device)
+    components.denoiser.requires_grad_(False).eval()
+    if config.base_model_precision != "no_change":
+        console.say(f"{quantise(components.denoiser, family.facts)} layers of the frozen model are kept in 8 bit")
+    components.denoiser.to(machine.device)
     if whole or not other_models(components):  # of a pipeline that does not tell its parts, all moves or nothing
         move(components, machine.device)
     if config.has_controlnet:  # before any adapter is in the denoiser, as a fresh one copies its weights
@@ -184,6 +189,10 @@ def attach(
     adapter = new_adapter(config, family, components, targets)
     start_from_file(config, family, adapter)
     trained_model(config, components).to(machine.device)
+    if config.torch_compile != "no":
+        for model in (components.denoiser, components.controlnet):
+            if model is not None:
+                console.say(f"torch.compile ({config.torch_compile}): {compile_model(model, config.torch_compile)}")
     return adapter
 
 

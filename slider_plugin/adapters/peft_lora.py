@@ -10,6 +10,7 @@ B (scale_B A x)`.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,7 +70,10 @@ class LoraAdapter:
         denoiser.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            inject_adapter_in_model(config, denoiser, adapter_name=NAME)
+            with warnings.catch_warnings():
+                # PEFT on a layer of torchao that it could not merge; nothing is merged here
+                warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass")
+                inject_adapter_in_model(config, denoiser, adapter_name=NAME)
         self._layers = _layers(denoiser)
         self.one_scale_only = "lora_dropout draws other numbers in one forward than in separate ones" if dropout else ""
         self._scales: dict[torch.device, Tensor] = {}

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +76,8 @@ def predict_footprint(config: RunConfig, family: LoadedFamily, checked: Prefligh
     """
     if config.has_controlnet:
         raise Unpredictable("a ControlNet takes part")
+    if config.base_model_precision != "no_change":
+        raise Unpredictable("the frozen model is quantised")
     if config.lycoris is not None:
         raise Unpredictable("LyCORIS measures its layers on real weights")
     if checked.targets is None:
@@ -109,7 +110,7 @@ def _footprint(config: RunConfig, family: LoadedFamily, checked: Preflight, devi
 
 def bytes_per_trained(config: RunConfig) -> int:
     """Of a trainable parameter: itself and its gradient in float32, the optimizer's state, the moving average."""
-    return 4 + 4 + KINDS_OF_OPTIMIZER[config.optimizer].state_bytes + (4 if config.use_ema else 0)
+    return int(4 + 4 + KINDS_OF_OPTIMIZER[config.optimizer].state_bytes + (4 if config.use_ema else 0))
 
 
 def _peak(trainer: Trainer, batches: list[Batch]) -> int:
@@ -135,7 +136,7 @@ def _held(trainer: Trainer, batches: list[Batch]) -> Iterator[Tensor]:
 
 def _size(model: nn.Module, without: set[int]) -> int:
     """Bytes of a model's parameters and buffers, shared ones once."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in without}
+    tensors: dict[int, Tensor] = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in without}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
@@ -265,9 +266,7 @@ def _batch(
     )
 
 
-def _trainer(
-    config: RunConfig, family: LoadedFamily, components: Components, adapter: Adapter, checked: Preflight
-) -> Trainer:
+def _trainer(config: RunConfig, family: LoadedFamily, components: Components, adapter: Adapter, checked: Preflight) -> Trainer:
     """One that can tell losses, and has nothing that a step needs besides."""
     nothing: Any = None
     return Trainer(
