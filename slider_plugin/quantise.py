@@ -1,6 +1,6 @@
 """The frozen base in 8 bit: the weights of its Linear layers as integers with a scale for each row, by torchao.
 
-The adapter beside a quantised layer stays float32, and its strength 0 is the quantised base. Layers are quantised when the model
+The adapter beside a quantised layer stays float32, and its strength 0 is the quantised base. Layers are quantised when a model
 is loaded, before it goes to the device. Convolutions, and modules whose weight the model reads itself, stay as they are.
 4 bit is not offered: PEFT takes no 4-bit layer of torchao, and diffusers quantises by bitsandbytes on a GPU alone.
 """

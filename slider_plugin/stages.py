@@ -49,7 +49,7 @@ from slider_plugin.preflight import (
     model_of,
     num_frames,
 )
-from slider_plugin.quantise import quantise
+from slider_plugin.quantise import check_quantise, quantise
 from slider_plugin.targets import TargetPlan
 from slider_plugin.training.checkpoint import Position, find_checkpoint, load_checkpoint, save_checkpoint, verify
 from slider_plugin.training.compiling import compile_model
@@ -489,6 +489,7 @@ def check_validation(config: RunConfig, family: LoadedFamily, adapter_file: Path
         raise ConfigError(problems)
     if difference := other_base(config, metadata):
         console.warn(f"{adapter_file.name} {difference}")
+    check_quantise(config)
     check_frozen(config, family.facts, None)  # once the model is loaded, it is compared with that, too
     size = validation_size(config) or (int(config.resolution), int(config.resolution))
     return model_of(config, family), size

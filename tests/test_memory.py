@@ -155,7 +155,12 @@ def test_live_bytes_are_counted_to_the_byte() -> None:
 
 def test_the_trainer_takes_no_more_than_a_bare_loop(project: Project) -> None:
     """The same model, adapter, batch and optimizer, in ten lines; encoders and the autoencoder left memory before."""
-    trainer = trainer_of(project("sd1", resolution=128))
+    config = project("sd1", resolution=128)
+    trainer = trainer_of(config)
+    parked = stages.park(read_config(config, (), Plugins.discover().facts)[0], trainer.components, trainer.accelerator)
+    assert set(parked.names) == {"vae", "text_encoder"}
+    parts = [getattr(trainer.components.pipeline, name) for name in parked.names]
+    assert all(parameter.is_meta for part in parts for parameter in part.parameters())
     trainer.optimizer_step()
     before = held(trainer.components.denoiser, trainer.optimizer)
     ours = before + allocated(trainer.optimizer_step)
