@@ -77,8 +77,8 @@ class LoraAdapter:
         self._layers = _layers(denoiser)
         self.one_scale_only = "lora_dropout draws other numbers in one forward than in separate ones" if dropout else ""
         self._scales: dict[torch.device, Tensor] = {}
-        for name, layer in self._layers.items():
-            layer.lora_A[NAME].register_forward_hook(self._per_sample(name))
+        self._scaled = [(layer.scaling, layer.lora_A[NAME]) for layer in self._layers.values()]
+        self._is_hooked = False
         self._factor = alpha / math.sqrt(rank) if rank_stabilised else alpha / rank
         for parameter in self.parameters():
             parameter.data = parameter.data.float()
@@ -107,12 +107,21 @@ class LoraAdapter:
         self.scale = scale
         common = scale * self._factor if isinstance(scale, (int, float)) else self._factor
         factors: dict[torch.device, Tensor] = {}
-        for layer in self._layers.values():
-            device = layer.lora_A[NAME].weight.device
+        for scaling, lora_A in self._scaled:
+            device = lora_A.weight.device
             if device not in factors:
-                factors[device] = torch.tensor(common, dtype=torch.float32, device=device)
-            layer.scaling[NAME] = factors[device]
+                factors[device] = torch.full((), common, device=device)  # made there: a copy would wait for the device
+            scaling[NAME] = factors[device]
         self._scales = {} if scales_B is None else {device: scales_B.to(device) for device in factors}
+        if self._scales:
+            self._hook()
+
+    def _hook(self) -> None:
+        """From the first scale per sample on: a hook on each layer takes 0.1 ms of a processor, also where it does nothing."""
+        if not self._is_hooked:
+            self._is_hooked = True
+            for name, layer in self._layers.items():
+                layer.lora_A[NAME].register_forward_hook(self._per_sample(name))
 
     def _per_sample(self, name: str) -> Callable[[torch.nn.Module, Any, Tensor], Tensor | None]:
         """A hook behind A: it multiplies the rows of each sample by its scale, where there is one for each."""

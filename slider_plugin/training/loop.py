@@ -27,7 +27,7 @@ from slider_plugin.training.ema import Ema
 from slider_plugin.training.noise import NoiseProcess
 from slider_plugin.training.optimizers import present_rate
 from slider_plugin.training.pairing import Pairing, why_not
-from slider_plugin.training.seeds import derived_seed, generator
+from slider_plugin.training.seeds import derived_seed, generator, seed_device
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -149,7 +149,7 @@ class Trainer:
 
     def _pass(self, batches: Sequence[Batch]) -> list[DrawReport]:
         """One forward and one backward over the draws of these batches, each sample at its draw's scale."""
-        torch.manual_seed(derived_seed(self.seed, "model", batches[0].draw.position))  # for dropout
+        seed_device(derived_seed(self.seed, "model", batches[0].draw.position), self.accelerator.device)  # for dropout
         with self.adapter.scaled(_scale(batches)):  # until after backward: checkpointing runs the forward again
             losses = self.losses(batches)
             self.accelerator.backward(torch.stack(losses).sum() / self.draws_per_step)
@@ -206,7 +206,8 @@ class Trainer:
 
     def _clip(self) -> Tensor:
         limit = self.max_grad_norm if self.max_grad_norm > 0 else math.inf
-        norm: Tensor = torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), limit)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        norm: Tensor = torch.nn.utils.clip_grad_norm_(parameters, limit)
         return norm
 
 

@@ -1,7 +1,7 @@
 """What the cache costs and saves: cold and warm start with 100, 1,000 and 10,000 images, and reading batches.
 
-    python tests/benchmarks/cache.py
-    python tests/benchmarks/cache.py --counts 100 --json
+    python -m tests.benchmarks.cache
+    python -m tests.benchmarks.cache --counts 100 --json
 
 A tiny Stable Diffusion encodes images of 32 pixels, so that the cache's own part shows. `batch` is a batch of four, its latents
 and embeddings: out of memory, and out of the cache when it has been read before. `--layouts` compares one file for each image

@@ -1,7 +1,7 @@
 """How much faster is a + and a - draw in one forward than in two passes? The trainer's own step, both ways in turn.
 
-    python tests/benchmarks/pairing.py                        # tiny models, and a middle-sized UNet
-    python tests/benchmarks/pairing.py --published 256        # on a GPU: SDXL as published, random weights, bf16
+    python -m tests.benchmarks.pairing                        # tiny models, and a middle-sized UNet
+    python -m tests.benchmarks.pairing --published 256        # on a GPU: SDXL as published, random weights, bf16
 
 A ratio above 1 says that one forward is faster. Medians of repetitions that are interleaved, with their quartiles.
 """

@@ -53,7 +53,9 @@ def seconds(work: Callable[[], Any], device: torch.device = CPU) -> tuple[float,
     return time.perf_counter() - started, answer
 
 
-def in_turn(works: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 2, device: torch.device = CPU) -> dict[str, Times]:
+def in_turn(
+    works: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 2, device: torch.device = CPU
+) -> dict[str, Times]:
     """Run each of the works once per repetition, in turn; the first repetitions are left out, as they warm up."""
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
     for repeat in range(repeats + warm_up):

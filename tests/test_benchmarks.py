@@ -1,0 +1,47 @@
+"""That every benchmark runs and measures what it says; no timing is asserted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks import __main__ as everything
+from benchmarks import published, steps
+from benchmarks.models import tiny_pipeline, write_run
+from benchmarks.timing import ratio, table
+
+
+def test_all_run_with_one_command(tmp_path: Path) -> None:
+    report = everything.main(["--quick", "--out", str(tmp_path / "results.json")])
+    assert json.loads((tmp_path / "results.json").read_text()) == report
+    assert set(report) == {"machine", "step", "pairing", "objective", "start", "draws", "cache"}
+    assert report["objective"][0]["our forwards"] == 2 and report["objective"][0]["published forwards"] == 8
+    assert [row["start"] for row in report["start"]] == ["cold", "warm"]
+    assert all(row["s"] > 0 and row["bare, s"] > 0 for row in report["start"])
+
+
+def test_another_bare_loop_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_run("z_image", tiny_pipeline("z_image", tmp_path), tmp_path / "run", 64)
+    monkeypatch.setitem(steps.FORWARDS, "z_image", lambda *asked: -steps.z_image(*asked))
+    with pytest.raises(AssertionError, match="something else"):
+        steps.measure("turned round", config, 1)
+
+
+def test_published_sizes_run_small_and_refuse_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = published.main(["--small", "--no-compile", "--repeats", "1", "--json"])
+    assert [(row["model"].split("`")[1], row["checkpointing"]) for row in rows] == [
+        (name, told) for name in published.MODELS for told in ("no", "yes")
+    ]
+    assert all(row["step, ms"] > 0 for row in rows)
+    assert not torch.cuda.is_available()
+    with pytest.raises(SystemExit):
+        published.main([])
+    assert "need a GPU" in capsys.readouterr().err
+
+
+def test_ratios_are_of_repetitions() -> None:
+    found = ratio([2.0, 2.0, 8.0], [1.0, 2.0, 2.0])
+    assert (found.low, found.median, found.high) == (1.5, 2.0, 3.0)
+    assert table([{"a": 1, "b": "x"}]).splitlines() == ["| a | b |", "| --- | --- |", "| 1 | x |"]
