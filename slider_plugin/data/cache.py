@@ -4,7 +4,7 @@ In the cache folder there is one folder for each fingerprint (`fingerprint.py`),
 whole encoded batches and are named after their own SHA-256. A shard appears whole or not at all, so a run that is killed
 leaves what it has written, and processes that fill one cache at once can at worst write the same twice.
 
-Shards instead of a file for each image, measured with 10,000 latents of 4 KiB (`python -m tests.benchmarks.cache --layouts`): a file
+Shards instead of a file for each image, measured with 10,000 latents of 4 KiB (tests/benchmarks/cache.py, --layouts): a file
 each takes 30 s to write, since each is flushed to the disk, 215 ms to open and 82 MB; shards of 64 take 0.4 s, 10 ms and
 43 MB. Reading costs 10 microseconds either way. At 1024 pixels a shard holds some 60 latents.
 """

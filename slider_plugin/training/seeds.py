@@ -24,7 +24,8 @@ def generator(seed: int, *labels: str | int) -> torch.Generator:
 def seed_device(seed: int, device: torch.device) -> None:
     """Begin the global sequences of the processor and of one device anew, as `torch.manual_seed` does for all devices.
 
-    That one takes 1.5 ms where a kind of device is not in use, since it notes down who asked (torch/cuda/__init__.py, _lazy_call).
+    That one takes 1.5 ms where a kind of device is not in use, since it notes down who asked (torch/cuda/__init__.py,
+    _lazy_call).
     """
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.published                 # one H100 or larger; bf16, rank 16, 1024 px
     python -m tests.benchmarks.published --small         # the same code on tiny configs, on the processor
 
-Each model is timed with and without gradient checkpointing and compiled blocks. The bare loop has the trainer's own model and LoRA,
-since two models would not fit. The ceiling is a product of large bf16 matrices, measured on the same device; the share of it is
+Each model is timed with and without gradient checkpointing and compiled blocks. The bare loop has the trainer's own model and
+LoRA, since two models would not fit. The ceiling is a product of large bf16 matrices, measured on the same device; the share of it is
 the floating point operations of a step, as torch.utils.flop_counter counts them, by the time of a step.
 """
 
@@ -47,8 +47,9 @@ def random_trainer(name: str, pixels: int, device: torch.device, checkpointing: 
     from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
     family = Plugins.discover().load(name)
+    dtype = torch.float32 if small else torch.bfloat16  # a processor may take minutes for convolutions in bf16
     config = {**family.facts.reference, **(SMALL[name] if small else {})}
-    denoiser = on_meta(denoiser_class_of(family.facts), config).to(torch.bfloat16).to_empty(device=device)
+    denoiser = on_meta(denoiser_class_of(family.facts), config).to(dtype).to_empty(device=device)
     with torch.no_grad():
         for weight in (*denoiser.parameters(), *denoiser.buffers()):
             if weight.is_floating_point():
@@ -57,7 +58,7 @@ def random_trainer(name: str, pixels: int, device: torch.device, checkpointing: 
     if checkpointing:
         denoiser.enable_gradient_checkpointing()
     is_unet = family.facts.denoiser == "unet"
-    told = {key: value.to(device, torch.bfloat16) for key, value in random_text(name, denoiser.config).items()}
+    told = {key: value.to(device, dtype) for key, value in random_text(name, denoiser.config).items()}
     components = Components(
         denoiser=denoiser,
         pipeline=SimpleNamespace(vae_scale_factor=8),
@@ -67,7 +68,7 @@ def random_trainer(name: str, pixels: int, device: torch.device, checkpointing: 
     )
     channels = denoiser.config.in_channels // (4 if name == "flux" else 1)  # Flux counts those of 2x2 latents
     clean_BCHW = torch.randn(1, channels, pixels // 8, pixels // 8, device=device)
-    return trainer(family, components, clean_BCHW, [told], bf16=True)
+    return trainer(family, components, clean_BCHW, [told], bf16=not small)
 
 
 def random_text(name: str, config: Any) -> dict[str, torch.Tensor]:

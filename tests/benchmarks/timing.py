@@ -1,6 +1,6 @@
 """What the benchmarks share: repetitions in turn, medians with their spread, and results as a table and as JSON.
 
-Machines have other work and change their pace. So what is compared is run in turn, and each repetition gives a ratio of its own.
+Machines have other work and change their pace. What is compared is run in turn, and each repetition gives a ratio of its own.
 """
 
 from __future__ import annotations
