@@ -3,8 +3,8 @@
     python -m tests.benchmarks.objective
 
 The published step (rohitgandikota/sliders, trainscripts/imagesliders/train_lora-scale.py) predicts both images without the
-adapter, which its loss never uses, and with it at +s and -s, and each prediction is a batch of two, without and with the prompt,
-at guidance 1, where only the latter counts: 8 forwards of a sample. Ours has 2, and the same loss.
+adapter, which its loss never uses, and with it at +s and -s, and each prediction is a batch of two, without and with the
+prompt, at guidance 1, where only the latter counts: 8 forwards of a sample. Ours has 2, and the same loss.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python -m tests.benchmarks.published --small         # the same code on tiny configs, on the processor
 
 Each model is timed with and without gradient checkpointing and compiled blocks. The bare loop has the trainer's own model and
-LoRA, since two models would not fit. The ceiling is a product of large bf16 matrices, measured on the same device; the share of it is
-the floating point operations of a step, as torch.utils.flop_counter counts them, by the time of a step.
+LoRA, since two models would not fit. The ceiling is a product of large bf16 matrices, measured on the same device; the share
+of it is the floating point operations of a step, as torch.utils.flop_counter counts them, by the time of a step.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.steps
 
-The trainer is the one that `slider train` builds, reads its batches from a warm cache and writes its metrics. The bare loop has
-all batches in memory and writes nothing. Both take one + and one - sample, forward and backward each, clip and step; and since both
-compute the same, their losses must agree in every step, or nothing was measured.
+The trainer is the one that `slider train` builds, reads its batches from a warm cache and writes its metrics. The bare loop
+has all batches in memory and writes nothing. Both take one + and one - sample, forward and backward each, clip and step; and
+since both compute the same, their losses must agree in every step, or nothing was measured.
 """
 
 from __future__ import annotations
