@@ -113,8 +113,6 @@ def without_weights(mode: Any) -> Iterator[None]:
 
 def _models_without_weights(folder: Path, dtype: Any) -> dict[str, Any]:
     """The models of a pipeline folder by the names of their parts; nothing unless `without_weights` is on."""
-    import torch
-
     mode = _WITHOUT_WEIGHTS.get()
     if mode is None:
         return {}
@@ -125,7 +123,7 @@ def _models_without_weights(folder: Path, dtype: Any) -> dict[str, Any]:
         if not isinstance(entry, list) or len(entry) < 2 or not isinstance(entry[0], str) or not (folder / name).is_dir():
             continue
         found: Any = _part_class(*entry[:2])
-        if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
+        if not _is_model_class(found):
             continue
         with mode:
             if hasattr(found, "from_config") and hasattr(found, "load_config"):
@@ -159,6 +157,12 @@ def _cast(model: Any, dtype: Any) -> None:
             if buffer is not None and buffer.is_floating_point():
                 module._buffers[name] = buffer.to(dtype)
     del kept
+
+
+def _is_model_class(found: Any) -> bool:
+    import torch
+
+    return isinstance(found, type) and issubclass(found, torch.nn.Module)
 
 
 def _part_class(library: str, name: str) -> Any | None:

@@ -119,7 +119,7 @@ def _peak(trainer: Trainer, batches: list[Batch]) -> int:
     scale = scales if len(batches) > 1 else batches[0].draw.scale
     with _KnownMasks(), LiveBytes(_held(trainer, batches)) as live, trainer.adapter.scaled(scale):
         torch.stack(trainer.losses(batches)).sum().backward()
-    return live.peak
+    return int(live.peak)
 
 
 def _held(trainer: Trainer, batches: list[Batch]) -> Iterator[Tensor]:
