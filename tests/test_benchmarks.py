@@ -13,6 +13,7 @@ from benchmarks.models import tiny_pipeline, write_run
 from benchmarks.timing import ratio, table
 
 
+@pytest.mark.slow
 def test_all_run_with_one_command(tmp_path: Path) -> None:
     report = everything.main(["--quick", "--out", str(tmp_path / "results.json")])
     assert json.loads((tmp_path / "results.json").read_text()) == report
@@ -29,6 +30,7 @@ def test_another_bare_loop_is_found_out(tmp_path: Path, monkeypatch: pytest.Monk
         steps.measure("turned round", config, 1)
 
 
+@pytest.mark.slow
 def test_published_sizes_run_small_and_refuse_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     rows = published.main(["--small", "--no-compile", "--repeats", "1", "--json"])
     assert [(row["model"].split("`")[1], row["checkpointing"]) for row in rows] == [
