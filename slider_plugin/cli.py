@@ -79,7 +79,8 @@ def train(
     if not outcome.finished:
         console.say(f"interrupted after {outcome.steps} steps; go on with --resume_from_checkpoint latest")
         return 130
-    console.out.print(str(outcome.adapter), markup=False)
+    if outcome.adapter:  # of several processes one writes it
+        console.out.print(str(outcome.adapter), markup=False)
     return 0
 
 

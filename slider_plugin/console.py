@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,23 +14,31 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
+PROCESS = int(os.environ.get("RANK", "0"))
+"""Which of the processes this is that a launcher has started."""
+
+IS_MAIN = PROCESS == 0
+"""Whether it is the one that speaks; from the others errors alone are heard."""
+
 PLAIN_LINES = 20
 """How many progress lines a run prints where there is no terminal."""
 
 
 def say(line: str) -> None:
     """One line about what goes on."""
-    err.print(escape(line))
+    if IS_MAIN:
+        err.print(escape(line))
 
 
 def warn(line: str) -> None:
     """One line about something that may be wrong."""
-    err.print(f"[yellow]warning:[/] {escape(line)}")
+    if IS_MAIN:
+        err.print(f"[yellow]warning:[/] {escape(line)}")
 
 
 def fail(line: str) -> None:
     """The message a command ends with."""
-    err.print(f"[red]error:[/] {escape(line)}")
+    err.print(f"[red]error:[/] {'' if IS_MAIN else f'process {PROCESS}: '}{escape(line)}")
 
 
 class Ticker:
@@ -56,7 +65,7 @@ class Ticker:
 @contextmanager
 def ticking(name: str, total: int, done: int = 0) -> Iterator[Ticker]:
     """A ticker for the block."""
-    if not err.is_terminal:
+    if not err.is_terminal or not IS_MAIN:
         yield Ticker(total, done, None, name)
         return
     columns = (

@@ -87,6 +87,15 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, text.encode("utf-8", "backslashreplace"))
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed runs left unfinished in a folder that one run writes to at a time."""
+    for path in folder.glob(f"{TEMPORARY}*") if folder.is_dir() else ():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.suffix:  # one without is a trial whether the folder can be written, of a process that lives
+            path.unlink()
+
+
 def _temporary(path: Path) -> Path:
     return path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}{path.suffix[:16]}")
 

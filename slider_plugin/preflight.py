@@ -28,6 +28,7 @@ from slider_plugin.quantise import check_quantise
 from slider_plugin.targets import TargetPlan
 from slider_plugin.training.compiling import check_compile
 from slider_plugin.training.optimizers import KINDS, check_optimizer, optimizer_warnings
+from slider_plugin.training.processes import check_launch
 from slider_plugin.training.times import time_problems
 from slider_plugin.training.watch import check_trackers
 from slider_plugin.validation.render import check_image
@@ -93,6 +94,7 @@ def preflight(config: RunConfig, family: LoadedFamily) -> Preflight:
     twins = _or_note(problems, lambda: twins_of(config, opened)) or {}
     problems.extend(foreign_data(config, family.facts))
     _or_note(problems, lambda: check_output(config))
+    problems.extend(check_launch(config))
     _or_note(problems, lambda: check_cache(config))
     if model and draws(config):
         _or_note(problems, lambda: _check_first_frame(config, family, model))
@@ -281,16 +283,21 @@ def _edge(resolution: float, unit: str) -> float:
 def check_output(config: RunConfig) -> None:
     """Raise UserError if the output folder cannot be written, or holds a run that this one would overwrite."""
     from slider_plugin.training.checkpoint import assert_fits, checkpoints, find_checkpoint, verify
+    from slider_plugin.training.resuming import check_config
 
     check_writable(config.output_dir)
     resume = config.resume_from_checkpoint
-    if resume and (resume != "latest" or checkpoints(config.output_dir)):
-        path = find_checkpoint(resume, config.output_dir, lambda line: None)  # damaged ones are told when the run goes on
-        assert_fits(path, verify(path), KINDS[config.optimizer].class_name, config.use_ema)
+    path = find_checkpoint(resume, config.output_dir, lambda line: None) if resume else None  # damaged ones are told later
+    if path is not None:
+        state = verify(path)
+        check_config(path, state["facts"], config)
+        assert_fits(path, state, KINDS[config.optimizer].class_name, config.use_ema)
     if not resume and (checkpoints(config.output_dir) or (config.output_dir / EXPORTED).exists()):
         raise UserError(
             f"output_dir: {config.output_dir} holds a run already; set resume_from_checkpoint to latest to go on with it, "
             "or choose another output_dir"
         )
-    if resume == "latest" and not checkpoints(config.output_dir):
-        raise UserError(f"resume_from_checkpoint: {config.output_dir} holds no checkpoint; leave the key out to start anew")
+    if resume == "latest" and path is None and (config.output_dir / EXPORTED).exists():
+        raise UserError(
+            f"resume_from_checkpoint: {config.output_dir} holds a finished slider and no checkpoint; choose another output_dir"
+        )

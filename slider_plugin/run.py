@@ -10,6 +10,7 @@ from slider_plugin.adapters.attach import attach_file
 from slider_plugin.config import RunConfig
 from slider_plugin.preflight import preflight
 from slider_plugin.registry import Plugins
+from slider_plugin.training.processes import check_one_process
 from slider_plugin.training.watch import reporting
 
 
@@ -52,6 +53,7 @@ def train(config: RunConfig) -> Outcome:
 
 def validate(config: RunConfig, adapter_file: Path, folder: Path) -> Path:
     """Draw the strips of a finished slider. Raises UserError for anything wrong with the file or the configuration."""
+    check_one_process("validate")
     family = Plugins.discover().load(config.model_family)
     model, size = stages.check_validation(config, family, adapter_file)
     machine = stages.open_machine(config)

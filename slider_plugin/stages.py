@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
 from slider_hooks import BucketInfo, Components, LoadRequest, PromptEntry, Sampler
@@ -37,7 +38,7 @@ from slider_plugin.data.fingerprint import Opaque, fingerprint
 from slider_plugin.data.pairs import PairSampler
 from slider_plugin.errors import ConfigError, UserError
 from slider_plugin.export import slider_metadata
-from slider_plugin.files import folder_replacing, write_json
+from slider_plugin.files import folder_replacing, remove_leftovers, write_json
 from slider_plugin.parts import other_models
 from slider_plugin.preflight import (
     EXPORTED,
@@ -59,12 +60,17 @@ from slider_plugin.training.noise import noise_process
 from slider_plugin.training.optimizers import make_optimizer, make_schedule
 from slider_plugin.training.pairing import Pairing
 from slider_plugin.training.parking import Parked, move
+from slider_plugin.training.processes import Processes, open_accelerator, sharded
+from slider_plugin.training.resuming import changes, check_found, facts_of, resume_schedule
 from slider_plugin.training.seeds import derived_seed
+from slider_plugin.training.sharding import shard
 from slider_plugin.training.times import Times
 from slider_plugin.training.watch import Metrics, interruptible, log_images
 from slider_plugin.validation.render import DrawSettings, Rendered, ScalableAdapter, check_image, render
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from slider_plugin.family import LoadedFamily
 
 PAIRED = "signs_in_one_forward"
@@ -75,17 +81,17 @@ PIXELS_AT_ONCE = 8 * 512 * 512
 
 
 def open_machine(config: RunConfig) -> Accelerator:
-    """The device that accelerate finds, and its arithmetic."""
+    """Processes and device that accelerate finds, and their arithmetic."""
     trackers = "tensorboard" if config.report_to == "tensorboard" else None
-    machine = Accelerator(
+    machine = open_accelerator(
         mixed_precision="no",  # the trainer's own: accelerate would fix it for the life of the process
         log_with=trackers,
         project_config=ProjectConfiguration(project_dir=str(config.output_dir), logging_dir=str(config.output_dir / "logs")),
     )
-    if machine.num_processes > 1:
-        raise UserError(
-            f"{machine.num_processes} processes were launched; this version trains in one. Start it without a launcher"
-        )
+    processes = Processes(machine)
+    processes.assert_alike({"configuration": json.dumps(to_json(config)), "output_dir": str(config.output_dir.absolute())})
+    if processes.count > 1:
+        console.say(f"{processes.count} processes, {config.train_batch_size * processes.count} samples a draw")
     return machine
 
 
@@ -94,6 +100,8 @@ def open_machine(config: RunConfig) -> Accelerator:
 
 def load(config: RunConfig, family: LoadedFamily, checked: Preflight, machine: Accelerator) -> Components:
     """Load the model, frozen, and say what was found."""
+    if console.IS_MAIN:
+        remove_leftovers(config.output_dir)
     for line in checked.warnings:
         console.warn(line)
     components = load_model(config, family, checked.model, machine, whole=False)
@@ -101,7 +109,8 @@ def load(config: RunConfig, family: LoadedFamily, checked: Preflight, machine: A
         check_image(type(family.build_pipeline(components)), image_file(config))
     if config.gradient_checkpointing:
         _enable_checkpointing(components, family)
-    family.observe("loaded", config=to_json(config), hooks=family.describe()["hooks"])
+    if console.IS_MAIN:
+        family.observe("loaded", config=to_json(config), hooks=family.describe()["hooks"])
     return components
 
 
@@ -122,11 +131,13 @@ def load_model(config: RunConfig, family: LoadedFamily, model: str, machine: Acc
     components.denoiser.requires_grad_(False).eval()
     if config.base_model_precision != "no_change":
         console.say(f"{quantise(components.denoiser, family.facts)} layers of the frozen model are kept in 8 bit")
-    components.denoiser.to(machine.device)
+    if not sharded():  # then it need not fit the device, and goes there block by block
+        components.denoiser.to(machine.device)
     if whole or not other_models(components):  # of a pipeline that does not tell its parts, all moves or nothing
         move(components, machine.device)
     if config.has_controlnet:  # before any adapter is in the denoiser, as a fresh one copies its weights
-        add_controlnet(config, family, components)
+        with Processes(machine).main_first():  # who writes a fresh one; the others read it
+            add_controlnet(config, family, components)
     for line in attach_frozen(config, family.facts, components.denoiser):
         console.say(line)
     return components
@@ -188,7 +199,11 @@ def attach(
     """Inject the trainable adapter."""
     adapter = new_adapter(config, family, components, targets)
     start_from_file(config, family, adapter)
-    trained_model(config, components).to(machine.device)
+    if sharded():
+        blocks = shard(components.denoiser, adapter, machine)
+        console.say(f"FSDP: {blocks} blocks of the denoiser shared out among {machine.num_processes} processes")
+    else:
+        trained_model(config, components).to(machine.device)
     if config.torch_compile != "no":
         for model in (components.denoiser, components.controlnet):
             if model is not None:
@@ -205,9 +220,8 @@ def encode(
     """Encode the images and captions that are not in the cache."""
     started = time.perf_counter()
     store, where = _open_store(config, family, components, checked.model, machine)
-    data = encode_once(
-        family, components, checked.buckets, config, machine.device, store, lambda: move(components, machine.device)
-    )
+    prepare = partial(move, components, machine.device)
+    data = encode_once(family, components, checked.buckets, config, machine.device, store, prepare, Processes(machine))
     images = _counted("images", len(data.latents), data.fresh_images)
     captions = _counted("captions", len(data.prompts), data.fresh_prompts)
     console.say(f"{images}; {captions}, in {time.perf_counter() - started:.1f} s ({where})")
@@ -234,9 +248,10 @@ def _open_store(
 
 def park(config: RunConfig, components: Components, machine: Accelerator) -> Parked:
     """Send everything but the denoiser out of memory, until it draws."""
-    parked = Parked(components, machine.device, config.output_dir if draws(config) else None)
+    back = draws(config) and _draws_here(Processes(machine))
+    parked = Parked(components, machine.device, config.output_dir if back else None)
     if parked.names:
-        until = "until it draws" if draws(config) else "for good"
+        until = "until it draws" if back else "for good"
         console.say(f"{', '.join(parked.names)} ({parked.size / 1e6:,.1f} MB) left memory {until}")
     return parked
 
@@ -286,8 +301,11 @@ def build_trainer(
         draws_per_step=checked.draws_per_step,
         max_grad_norm=config.max_grad_norm,
         bf16=config.mixed_precision == "bf16",
+        processes=Processes(machine),
+        facts=facts_of(config, components, adapter, data, checked.draws_per_step, machine.device),
     )
-    recorded = _resume(config, trainer) if config.resume_from_checkpoint else None
+    recorded = _resume(config, trainer)
+    trainer.processes.assert_alike({"step": trainer.step, "data": data.digest, "model": trainer.facts["model"]})
     _pair(config, trainer, recorded)
     return trainer
 
@@ -295,7 +313,9 @@ def build_trainer(
 def _pair(config: RunConfig, trainer: Trainer, recorded: bool | None) -> None:
     """Decide whether the draws of a cycle share a forward. A run that goes on does what it did: its rounding depends on it."""
     wanted = config.signs_in_one_forward
-    on = trainer.accelerator.device.type != "cpu" if recorded is None else recorded
+    on = trainer.accelerator.device.type != "cpu" and not sharded() if recorded is None else recorded
+    if sharded():  # all processes must make the same number of forwards, and each judges by its own samples
+        on = False
     trainer.pairing = Pairing(on if wanted == "auto" else wanted == "yes", wanted == "yes", trainer.family.facts.name)
     if trainer.pairing.on:
         trainer.check_pairing()
@@ -304,20 +324,26 @@ def _pair(config: RunConfig, trainer: Trainer, recorded: bool | None) -> None:
 
 
 def _resume(config: RunConfig, trainer: Trainer) -> bool | None:
-    """Go back to a checkpoint; returns whether draws shared forwards there, or None if it does not say."""
-    assert config.resume_from_checkpoint
+    """Go back to a checkpoint, if one is asked for and there; returns whether draws shared forwards there, None if unknown."""
+    if not config.resume_from_checkpoint:
+        return None
     path = find_checkpoint(config.resume_from_checkpoint, config.output_dir, console.say)
+    if path is None:
+        console.say(f"{config.output_dir} holds no checkpoint yet: the run begins at its first step")
+        return None
+    facts = verify(path)["facts"]
+    check_found(path, facts, trainer.facts)
     position = load_checkpoint(path, trainer.adapter, trainer.optimizer, trainer.ema)
     try:
         trainer.sampler.load_state_dict(position.sampler)
     except ValueError as error:
         raise UserError(f"{path} cannot be resumed with these buckets: {error}") from error
-    trainer.schedule.load_state_dict(position.schedule)
-    for group, rate in zip(trainer.optimizer.param_groups, trainer.schedule.get_last_lr(), strict=True):
-        group["lr"] = rate
+    resume_schedule(trainer.schedule, trainer.optimizer, position.schedule)
     trainer.step = position.step
     console.say(f"resumed from {path}, {position.step} steps done")
-    recorded: bool | None = verify(path)["facts"].get(PAIRED)
+    for line in changes(facts, config, trainer.facts):
+        console.warn(line)
+    recorded: bool | None = facts.get(PAIRED)
     return recorded
 
 
@@ -327,25 +353,27 @@ def run(config: RunConfig, trainer: Trainer, checked: Preflight, parked: Parked 
     Returns:
         Whether all steps were done (an interrupt stops after the step, with a checkpoint), and the seconds it took.
     """
-    started = time.perf_counter()
-    write_json(config.output_dir / "config.json", to_json(config))
-    metrics = Metrics(config, trainer.step, trainer.accelerator)
+    started, processes = time.perf_counter(), trainer.processes
+    if processes.is_main:
+        write_json(config.output_dir / "config.json", to_json(config))
+    metrics = Metrics(config, trainer.step, trainer.accelerator) if processes.is_main else None
     with (
         interruptible(console.say) as interrupt,
         console.ticking("training", config.max_train_steps, trainer.step) as ticker,
-        metrics,
+        metrics or nullcontext(),
     ):
 
         def after(report: StepReport) -> bool:
-            metrics.write(report)
-            if trainer.family.is_observed:
-                trainer.family.observe("step", step=report.step, **report.metrics())
-            ticker.tick(report.step, metrics.note(report))
-            if _due(report.step, config.checkpoint_step_interval) or interrupt.asked:
+            if metrics:  # in the main process alone
+                metrics.write(report)
+                if trainer.family.is_observed:
+                    trainer.family.observe("step", step=report.step, **report.metrics())
+                ticker.tick(report.step, metrics.note(report))
+            if _due(report.step, config.checkpoint_step_interval):
                 _checkpoint(config, trainer)
             if _due(report.step, config.validation_step_interval) and report.step < config.max_train_steps:
                 validate(config, trainer, checked, parked)
-            return interrupt.asked
+            return processes.any(interrupt.asked)
 
         finished = trainer.run(config.max_train_steps, after)
     _checkpoint(config, trainer)
@@ -357,8 +385,10 @@ def _due(step: int, interval: int) -> bool:
 
 
 def _checkpoint(config: RunConfig, trainer: Trainer) -> None:
+    if not trainer.processes.is_main:
+        return
     position = Position(trainer.step, trainer.sampler.state_dict(), trainer.schedule.state_dict())
-    facts = {"plugin": trainer.family.describe(), "rank": config.lora_rank, PAIRED: trainer.pairing.on}
+    facts = {"plugin": trainer.family.describe(), PAIRED: trainer.pairing.on, **trainer.facts}
     path = save_checkpoint(
         config.output_dir, trainer.adapter, trainer.optimizer, trainer.ema, position, facts, config.checkpoints_total_limit
     )
@@ -369,14 +399,29 @@ def _checkpoint(config: RunConfig, trainer: Trainer) -> None:
 
 
 def validate(config: RunConfig, trainer: Trainer, checked: Preflight, parked: Parked | None = None) -> Path | None:
-    """Draw the validation of a run with its finished weights; None where there is nothing to draw."""
-    if not draws(config):
+    """Draw the validation of a run with its finished weights; None where there is nothing to draw, or another process does it.
+
+    With FSDP all processes draw, since each holds a part of the denoiser, and one of them keeps the pictures.
+    """
+    if not draws(config) or not _draws_here(trainer.processes):
         return None
-    size, folder = validation_size(config) or checked.size, config.output_dir / "validation_images"
-    with finished_weights(trainer.optimizer, trainer.ema), parked.awake() if parked else nullcontext():
-        drawn = draw(config, trainer.family, trainer.components, trainer.adapter, size, folder, trainer.step)
+    if not trainer.processes.is_main:
+        with tempfile.TemporaryDirectory() as folder:
+            _validate(config, trainer, checked, parked, Path(folder))
+        return None
+    drawn = _validate(config, trainer, checked, parked, config.output_dir / "validation_images")
     log_images(trainer.accelerator, drawn, trainer.step)
     return drawn.folder
+
+
+def _draws_here(processes: Processes) -> bool:
+    return processes.is_main or sharded()
+
+
+def _validate(config: RunConfig, trainer: Trainer, checked: Preflight, parked: Parked | None, folder: Path) -> Rendered:
+    size = validation_size(config) or checked.size
+    with finished_weights(trainer.optimizer, trainer.ema), parked.awake() if parked else nullcontext():
+        return draw(config, trainer.family, trainer.components, trainer.adapter, size, folder, trainer.step)
 
 
 def draw(
@@ -415,7 +460,8 @@ def draw(
         ),
     )
     console.say(f"validation: {rendered.contact_sheet or rendered.folder}")
-    family.observe("validation", step=step, path=rendered.folder)
+    if console.IS_MAIN:
+        family.observe("validation", step=step, path=rendered.folder)
     return rendered
 
 
@@ -427,8 +473,13 @@ def validation_size(config: RunConfig) -> tuple[int, int] | None:
     return int(width), int(height or width)
 
 
-def export(config: RunConfig, trainer: Trainer, targets: TargetPlan, checked: Preflight) -> Path:
-    """Write the slider, with its finished weights, as a diffusers file; done only after it was read back and compared."""
+def export(config: RunConfig, trainer: Trainer, targets: TargetPlan, checked: Preflight) -> Path | None:
+    """Write the slider, with its finished weights, as a diffusers file; done only after it was read back and compared.
+
+    None in all processes but the main one.
+    """
+    if not trainer.processes.is_main:
+        return None
     family, adapter = trainer.family, trainer.adapter
     metadata = slider_metadata(
         family=family.facts.name,

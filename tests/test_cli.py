@@ -179,7 +179,9 @@ def damaged_resume(config: dict[str, Any], root: Path) -> str:
 
 def resume_of_nothing(config: dict[str, Any], root: Path) -> str:
     config["resume_from_checkpoint"] = "latest"
-    return "holds no checkpoint"
+    Path(config["output_dir"]).mkdir()
+    (Path(config["output_dir"]) / "slider.safetensors").write_text("finished")
+    return "holds a finished slider and no checkpoint"
 
 
 def dora(config: dict[str, Any], root: Path) -> str:

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -265,34 +261,3 @@ def test_bf16_trains(project: Project) -> None:
     after = trainer.adapter.state()
     assert any(not torch.equal(before[n]["lora_A"], after[n]["lora_A"]) for n in before)
     assert {p.dtype for p in trainer.adapter.parameters()} == {torch.float32}
-
-
-def _launch(config: Path, *flags: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "slider_plugin", "train", str(config), *flags]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def _kill_somewhere(config: Path, out: Path, numbers: random.Random) -> None:
-    """Start or go on, and kill -9 at a random moment once the first checkpoint of this life is there."""
-    before = len(checkpoints(out))
-    process = _launch(config, "--output_dir", str(out), *(["--resume_from_checkpoint", "latest"] if before else []))
-    known = {p.name for p in checkpoints(out)}
-    deadline = time.monotonic() + 300
-    while process.poll() is None and {p.name for p in checkpoints(out)} <= known and time.monotonic() < deadline:
-        time.sleep(0.005)
-    time.sleep(numbers.random() * 0.3)
-    process.kill()
-    process.wait()
-
-
-@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
-def test_killed_runs_end_in_the_same_weights(project: Project, tmp_path: Path, kills: int) -> None:
-    config = project("sd1", neutral=True, max_train_steps=10 * kills, checkpoint_step_interval=1, checkpoints_total_limit=3)
-    whole = train(config, "--output_dir", str(tmp_path / "whole")).adapter
-    numbers, out = random.Random(kills), tmp_path / "killed"
-    for _ in range(kills):
-        _kill_somewhere(config, out, numbers)
-    if not (out / "slider.safetensors").exists():
-        assert _launch(config, "--output_dir", str(out), "--resume_from_checkpoint", "latest").wait() == 0
-    assert whole and whole.read_bytes() == (out / "slider.safetensors").read_bytes()
-    assert not [p for p in out.rglob(".tmp-*") if p.name.endswith(".json")]

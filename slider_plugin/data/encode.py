@@ -20,11 +20,12 @@ from slider_plugin import console
 from slider_plugin.config import RunConfig
 from slider_plugin.control import SHOWN, encode_for_controlnet
 from slider_plugin.data.buckets import Bucket, Item
-from slider_plugin.data.cache import Entry, Kept, Store
+from slider_plugin.data.cache import Entry, Kept, Memory, Store
 from slider_plugin.data.fingerprint import described_controlnet
 from slider_plugin.data.media import KINDS
 from slider_plugin.errors import UserError
 from slider_plugin.loading import image_dtype
+from slider_plugin.training.processes import Part, Processes, Share
 from slider_plugin.training.seeds import generator
 from slider_plugin.validation.samples import sampling_rate
 
@@ -38,13 +39,16 @@ AT_ONCE = {"image": 8, "video": 1, "audio": 1}
 
 PROMPTS_AT_ONCE = 16
 
+ALL = Share()
+"""What one process takes of each draw."""
+
 LATENTS = "//latents"
 """Name of the latents in the entry of an image; no family calls what it tells the denoiser so."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one draw trains on."""
+    """What one draw trains on, or a process's share of it."""
 
     draw: Draw
     clean_BCHW: Tensor
@@ -54,7 +58,15 @@ class Batch:
     """One per sample, on the device."""
 
     files: tuple[Path, ...]
-    """For messages."""
+    """Of the whole draw."""
+
+    share: Share = ALL
+    """What the process takes of each draw."""
+
+    @property
+    def part(self) -> Part:
+        """Which samples of the draw these are."""
+        return self.share.of(len(self.files))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +88,14 @@ class Encoded:
 
     fresh_prompts: int
 
+    digest: str
+    """Of the files, how they are scaled and cropped, and their captions, wherever they are."""
+
     seed: int
     batch_size: int
+    """Of all processes together."""
+
+    share: Share
     caption_dropout: float
     device: torch.device
 
@@ -86,13 +104,15 @@ class Encoded:
         return tuple(bucket.info(self.batch_size) for bucket in self.buckets.values())
 
     def batch(self, draw: Draw) -> Batch:
-        """The images and captions of a draw; the same for the same draw in any process."""
+        """This process's share of a draw; images and captions are the same for the same draw in any number of processes."""
         samples = self.buckets[draw.bucket].batch(draw.epoch, draw.index, self.seed, self.batch_size)
-        captions = self._with_dropout(draw, [s.caption for s in samples])
-        keys = [(draw.bucket, s.item.path) for s in samples]
+        mine = self.share.of(len(samples)).places
+        captions = self._with_dropout(draw, [s.caption for s in samples])[mine]
+        keys = [(draw.bucket, s.item.path) for s in samples[mine]]
         clean_BCHW = torch.stack([self.latents[key] for key in keys]).to(self.device)
         told = [{**self.prompts[caption], **self.conditions[key]} for caption, key in zip(captions, keys, strict=True)]
-        return Batch(draw, clean_BCHW, tuple(_to(c, self.device) for c in told), tuple(path for _, path in keys))
+        files = tuple(s.item.path for s in samples)
+        return Batch(draw, clean_BCHW, tuple(_to(c, self.device) for c in told), files, self.share)
 
     def _with_dropout(self, draw: Draw, captions: list[str]) -> list[str]:
         if not self.caption_dropout:
@@ -109,6 +129,7 @@ def encode_once(
     device: torch.device,
     store: Store,
     prepare: Callable[[], object] = lambda: None,
+    processes: Processes | None = None,
 ) -> Encoded:
     """Encode those images and captions of the buckets that the store does not hold.
 
@@ -123,6 +144,7 @@ def encode_once(
         device: where encoding takes place and batches will go.
         store: where results are kept; what it holds already must have been made by the same model and code.
         prepare: called before the first hook, and not at all where there is nothing to encode.
+        processes: those that call this together; each encodes some of the batches, and all read what is on the disk then.
 
     Raises:
         UserError: an image cannot be decoded after all, or an encoder gave values that are not finite.
@@ -134,13 +156,17 @@ def encode_once(
         captions[""] = None
     prompts = {caption: _key("prompt", caption) for caption in captions}
     shown = _shown_keys(store, components, buckets)
-    chunks = [
-        *_image_chunks(buckets, images, store, "images"),
-        *_image_chunks(buckets, shown, store, "conditioning images"),
-        *_prompt_chunks(prompts, store),
-    ]
+
+    def missing() -> list[_Chunk]:
+        return [
+            *_image_chunks(buckets, images, store, "images"),
+            *_image_chunks(buckets, shown, store, "conditioning images"),
+            *_prompt_chunks(prompts, store),
+        ]
+
     work = _Encoders(family, components, device, config.max_image_pixels, rate)
-    fresh = _fill(store, chunks, work, prepare)
+    processes = processes or Processes()
+    fresh = _fill_together(store, missing, work, prepare, processes)
     return Encoded(
         buckets={bucket.name: bucket for bucket in buckets},
         latents=Kept(images, lambda name: store.tensor(images[name], LATENTS)),
@@ -148,8 +174,10 @@ def encode_once(
         prompts=Kept(prompts, lambda caption: _entry(store, prompts[caption])),
         fresh_images=sum(key in fresh for key in images.values()),
         fresh_prompts=sum(key in fresh for key in prompts.values()),
+        digest=_digest(buckets, images, shown),
         seed=config.seed,
-        batch_size=config.train_batch_size,
+        batch_size=config.train_batch_size * processes.count,
+        share=processes.share,
         caption_dropout=config.caption_dropout_probability,
         device=device,
     )
@@ -191,6 +219,11 @@ def _shown_keys(store: Store, components: Components, buckets: Sequence[Bucket])
     }
 
 
+def _digest(buckets: Sequence[Bucket], *keys: Mapping[tuple[str, Path], str]) -> str:
+    """What is trained on: by bucket (whose name the sampler knows), each image's captions and keys: content and crop."""
+    return _key([[(item.captions, [found.get((b.name, item.path)) for found in keys]) for item in b.items] for b in buckets])
+
+
 What = Literal["images", "conditioning images", "captions"]
 
 
@@ -228,6 +261,20 @@ def _parts(values: Mapping[str, T], size: int) -> Iterator[Sequence[tuple[str, T
 
 
 # --- Encoding ---------------------------------------------------------------------------------------------------------
+
+
+def _fill_together(
+    store: Store, missing: Callable[[], list[_Chunk]], work: _Encoders, prepare: Callable[[], object], processes: Processes
+) -> set[str]:
+    """Encode what is missing, each process its share of the batches; the keys of what was encoded by any of them."""
+    everything = missing()
+    alone = processes.count == 1 or isinstance(store, Memory)  # memory is not shared: each encodes all
+    processes.wait()  # nobody writes before all have looked, or the shares would not fit together
+    _fill(store, everything if alone else everything[processes.index :: processes.count], work, prepare)
+    processes.wait()
+    store.refresh()
+    _fill(store, missing(), work, prepare)  # what is damaged by now, or was removed
+    return {key for chunk in everything for key in chunk.members}
 
 
 def _fill(store: Store, chunks: Sequence[_Chunk], work: _Encoders, prepare: Callable[[], object]) -> set[str]:

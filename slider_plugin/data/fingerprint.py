@@ -22,6 +22,7 @@ from torch import Tensor
 import slider_plugin
 from slider_hooks import CONTRACT, Components
 from slider_plugin.parts import other_parts
+from slider_plugin.training.sharding import unsharded_type
 
 if TYPE_CHECKING:
     from slider_plugin.family import LoadedFamily
@@ -66,7 +67,11 @@ def fingerprint(family: LoadedFamily, components: Components, device: torch.devi
         "versions": {name: _version(name) for name in LIBRARIES},
         "device": device.type,
         "options": _described(dict(components.options), "options", ()),
-        "denoiser": [_name(denoiser), str(getattr(denoiser, "dtype", "")), _described(_config(denoiser), "denoiser", ())],
+        "denoiser": [
+            _name_of_type(unsharded_type(denoiser)),
+            str(getattr(denoiser, "dtype", "")),
+            _described(_config(denoiser), "denoiser", ()),
+        ],
         "pipeline": [_name(components.pipeline), _described(_config(components.pipeline), "pipeline", ())],
         "parts": {name: _described(part, name, above) for name, part in other_parts(components).items()},
         "extras": _described(components.extras, "extras", above),
@@ -95,7 +100,11 @@ def _version(distribution: str) -> str | None:
 
 
 def _name(value: object) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+    return _name_of_type(type(value))
+
+
+def _name_of_type(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _config(part: Any) -> Any:

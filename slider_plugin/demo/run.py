@@ -27,6 +27,7 @@ from slider_plugin.demo.bundle import CONCEPTS, FAMILIES, fixtures
 from slider_plugin.errors import UserError
 from slider_plugin.files import replacing, write_json
 from slider_plugin.registry import Plugins
+from slider_plugin.training.processes import check_one_process
 from slider_plugin.validation import strips
 from slider_plugin.validation.plan import Shot
 from slider_plugin.validation.render import DrawSettings, Rendered, render
@@ -96,6 +97,7 @@ def demonstrate(family: str, concept: str, adapter: str, steps: int | None, outp
     Raises:
         UserError: no such family, concept or adapter among those of the demo, or the folder cannot be written.
     """
+    check_one_process("demo")
     _check("--family", family, FAMILIES)
     _check("--concept", concept, CONCEPTS)
     _check("--adapter", adapter, ADAPTERS)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from slider_plugin.adapters.base import Adapter
 from slider_plugin.errors import UserError
-from slider_plugin.files import folder_replacing
+from slider_plugin.files import TEMPORARY, folder_replacing
 from slider_plugin.training.ema import Ema
 from slider_plugin.training.optimizers import load_optimizer, optimizer_numbers, optimizer_tensors
 
@@ -53,8 +53,20 @@ def save_checkpoint(
     facts: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write `folder/checkpoint-<step>` and delete the oldest ones beyond `keep`; an existing one of that step stays."""
+    """Write `folder/checkpoint-<step>`, unless it is there and whole, and delete what is older than the newest `keep`.
+
+    Args:
+        folder: of the run.
+        adapter: whose weights train.
+        optimizer: its state is kept, too.
+        ema: the moving average, if there is one.
+        position: how far the run has come.
+        facts: what a run must have in common with this one to go on from here (`resuming`).
+        keep: at least 1.
+    """
     path = folder / f"checkpoint-{position.step:06d}"
+    if path.exists() and not is_whole(path):
+        _remove(path)
     if not path.exists():
         named = adapter.named_parameters()
         files = {ADAPTER: adapter.tensors(), OPTIMIZER: optimizer_tensors(optimizer, named)}
@@ -73,9 +85,38 @@ def save_checkpoint(
                 "sha256": {name: _sha256(temporary / name) for name in files},
             }
             (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    _rotate(folder, keep)
     return path
+
+
+def _rotate(folder: Path, keep: int) -> None:
+    """A damaged one counts for nothing: however many there are, as many whole ones are kept, if there ever were."""
+    found, whole = checkpoints(folder), 0
+    if len(found) <= keep:
+        return
+    for path in reversed(found):
+        if whole == keep:
+            _remove(path)
+        elif is_whole(path):
+            whole += 1
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint; one whose deletion is cut off has lost its name already."""
+    going = path.with_name(f"{TEMPORARY}{path.name}")
+    if going.exists():
+        shutil.rmtree(going)
+    path.rename(going)
+    shutil.rmtree(going)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint is as it was written."""
+    try:
+        verify(path)
+    except UserError:
+        return False
+    return True
 
 
 def load_checkpoint(path: Path, adapter: Adapter, optimizer: torch.optim.Optimizer, ema: Ema | None) -> Position:
@@ -117,15 +158,26 @@ def verify(path: Path) -> dict[str, Any]:
     return dict(state)
 
 
-def find_checkpoint(wanted: str, folder: Path, say: Callable[[str], None]) -> Path:
+def find_checkpoint(wanted: str, folder: Path, say: Callable[[str], None]) -> Path | None:
     """The checkpoint to resume from: `latest` takes the newest whole one of `folder` and names the damaged ones it skips.
 
+    Returns:
+        Its folder; None for `latest` where there is none yet, as when a run was killed before its first one.
+
     Raises:
-        UserError: an explicit path is missing or damaged; `latest`, and there is no whole one.
+        UserError: an explicit path is missing or damaged, or `folder` holds later ones; `latest`, and there is no whole one.
     """
     if wanted != "latest":
-        verify(Path(wanted))
+        state = verify(Path(wanted))
+        later = [p.name for p in checkpoints(folder) if int(p.name.rpartition("-")[2]) > state["step"] and is_whole(p)]
+        if later:
+            raise UserError(
+                f"resume_from_checkpoint: {folder} holds later checkpoints than {wanted} ({', '.join(later)}), which would be "
+                "mixed with those of this run; choose another output_dir, or remove them"
+            )
         return Path(wanted)
+    if not checkpoints(folder):
+        return None
     for path in reversed(checkpoints(folder)):
         try:
             verify(path)

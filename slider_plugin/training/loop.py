@@ -3,6 +3,9 @@
 A draw is trained with the adapter at the draw's scale until after its backward pass. The draws of one cycle share noise and
 time, so that what the positive and the negative side have in common cancels in the adapter's gradient. They may also share one
 forward and one backward, each sample at its draw's scale: the gradient is the same (see `pairing`).
+
+Several processes take a share of each draw's samples, with the noise and times that these samples have in one process, and add
+their gradients up before the step (see `processes`).
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +30,7 @@ from slider_plugin.training.ema import Ema
 from slider_plugin.training.noise import NoiseProcess
 from slider_plugin.training.optimizers import present_rate
 from slider_plugin.training.pairing import Pairing, why_not
+from slider_plugin.training.processes import Processes
 from slider_plugin.training.seeds import derived_seed, generator, seed_device
 
 if TYPE_CHECKING:
@@ -74,6 +78,12 @@ class Trainer:
     pairing: Pairing = field(default_factory=Pairing)
     """Whether the draws of a cycle share a forward."""
 
+    processes: Processes = field(default_factory=Processes)
+    """Those that train together."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What a checkpoint says about the run."""
+
     def run(self, steps: int, after: Callable[[StepReport], bool]) -> bool:
         """Train until `steps` are done, or until `after`, called with each step's report, asks to stop.
 
@@ -89,9 +99,9 @@ class Trainer:
     def optimizer_step(self) -> StepReport:
         """One step of the optimizer over whole cycles. Raises NotFinite with the batch named, before any weight moves."""
         started = time.perf_counter()
-        draws = self._gradients([next(self.sampler) for _ in range(self.draws_per_step)])
+        draws = self._of_all(self._gradients([next(self.sampler) for _ in range(self.draws_per_step)]))
         norm = self._clip()
-        _assert_finite(draws, norm, self.step)
+        self._assert_finite(draws, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         learning_rate = present_rate(self.optimizer)
@@ -113,6 +123,17 @@ class Trainer:
             self.pairing.stop(f"{reason} (step {self.step + 1})")
             self._forget_gradients()  # here, where nothing holds the tensors of the failed pass any more
         return [report for draw in draws for report in self._pass([self.data.batch(draw)])]
+
+    def _of_all(self, draws: Sequence[DrawReport]) -> list[DrawReport]:
+        """Gradients and losses of all processes. If one of them has given up the one forward, all do from the next step on."""
+        if self.processes.count == 1:
+            return list(draws)
+        apart_1 = draws[0].loss.new_tensor([float(not self.pairing.on)])
+        losses_D = torch.stack([draw.loss * draw.weight for draw in draws])
+        *losses, apart = self.processes.add_gradients(self.adapter.parameters(), torch.cat([losses_D, apart_1]))
+        if self.pairing.on and float(apart) > 0:
+            self.pairing.stop(f"another process cannot (step {self.step + 1})")
+        return [replace(draw, loss=loss, weight=1.0) for draw, loss in zip(draws, losses, strict=True)]
 
     def _cycles(self, draws: Sequence[Draw]) -> list[list[Draw]]:
         return [list(cycle) for _, cycle in itertools.groupby(draws, key=lambda draw: draw.position // self.cycle)]
@@ -149,10 +170,12 @@ class Trainer:
 
     def _pass(self, batches: Sequence[Batch]) -> list[DrawReport]:
         """One forward and one backward over the draws of these batches, each sample at its draw's scale."""
-        seed_device(derived_seed(self.seed, "model", batches[0].draw.position), self.accelerator.device)  # for dropout
+        own = [self.processes.index] if self.processes.index else []  # or all shares would lose the same features to dropout
+        seed_device(derived_seed(self.seed, "model", batches[0].draw.position, *own), self.accelerator.device)
         with self.adapter.scaled(_scale(batches)):  # until after backward: checkpointing runs the forward again
             losses = self.losses(batches)
-            self.accelerator.backward(torch.stack(losses).sum() / self.draws_per_step)
+            shares = [batch.part.weight * loss for batch, loss in zip(batches, losses, strict=True)]
+            self.accelerator.backward(torch.stack(shares).sum() / self.draws_per_step)
         return [_report(batch, loss) for batch, loss in zip(batches, losses, strict=True)]
 
     def loss(self, batch: Batch) -> Tensor:
@@ -172,12 +195,11 @@ class Trainer:
         ]
 
     def _question(self, batch: Batch) -> Question:
-        """A batch with noise; the draws of a cycle share it, and the time."""
-        cycle = batch.draw.position // self.cycle
-        time_B = self.noise.draw_time(len(batch.files), generator(self.seed, "time", cycle), tuple(batch.clean_BCHW.shape[2:]))
-        noise_BCHW = torch.randn(batch.clean_BCHW.shape, generator=generator(self.seed, "noise", cycle)).to(
-            batch.clean_BCHW.device
-        )
+        """A batch with noise; the draws of a cycle share it, and the time. Both are drawn for the whole batch."""
+        cycle, part, shape = batch.draw.position // self.cycle, batch.part, batch.clean_BCHW.shape[1:]
+        time_B = self.noise.draw_time(part.whole, generator(self.seed, "time", cycle), tuple(shape[1:]))[part.places]
+        noise_BCHW = torch.randn((part.whole, *shape), generator=generator(self.seed, "noise", cycle))[part.places]
+        noise_BCHW = noise_BCHW.to(batch.clean_BCHW.device)
         noisy_BCHW = self.noise.add_noise(batch.clean_BCHW, noise_BCHW, time_B)
         target_BCHW = self.noise.target(batch.clean_BCHW, noise_BCHW, time_B)
         return Question(batch, noisy_BCHW, time_B, target_BCHW, self.noise.weight(time_B))
@@ -210,6 +232,18 @@ class Trainer:
         norm: Tensor = torch.nn.utils.clip_grad_norm_(parameters, limit)
         return norm
 
+    def _assert_finite(self, draws: list[DrawReport], norm: Tensor) -> None:
+        """One look at the device for the whole step. All processes see the same sums, so all stop."""
+        if math.isfinite(float(norm)) and all(math.isfinite(float(r.loss)) for r in draws):
+            return
+        bad = next((r for r in draws if not math.isfinite(float(r.loss))), draws[-1])
+        what = "loss" if not math.isfinite(float(bad.loss)) else "gradient"
+        raise NotFinite(
+            f"the {what} is not finite in optimizer step {self.step + 1}, bucket {bad.draw.bucket!r} at strength "
+            f"{bad.draw.scale:g} ({', '.join(bad.files)}). Lower learning_rate, or try mixed_precision no; the last checkpoint "
+            "is unharmed"
+        )
+
 
 def _way_back(error: Exception) -> str:
     """Why a pass over both signs failed where separate passes may not; "" if these would fail as well."""
@@ -225,7 +259,7 @@ def _scale(batches: Sequence[Batch]) -> Scale:
     """The scale of one draw, or one for each sample of several."""
     if len(batches) == 1:
         return batches[0].draw.scale
-    return [batch.draw.scale for batch in batches for _ in batch.files]
+    return [batch.draw.scale for batch in batches for _ in batch.conditioning]
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,8 +282,16 @@ class DrawReport:
 
     draw: Draw
     loss: Tensor
+    """Of the process's own share, until those of all are added up."""
+
+    weight: float
+    """What it is worth in the loss of the whole batch, 0 to 1."""
+
     samples: int
+    """Of the whole batch."""
+
     files: tuple[str, ...]
+    """Likewise."""
 
     @property
     def sign(self) -> str:
@@ -260,7 +302,8 @@ class DrawReport:
 
 
 def _report(batch: Batch, loss: Tensor) -> DrawReport:
-    return DrawReport(batch.draw, loss.detach(), len(batch.files), tuple(str(file) for file in batch.files))
+    files = tuple(str(file) for file in batch.files)
+    return DrawReport(batch.draw, loss.detach(), batch.part.weight, batch.part.whole, files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,15 +332,3 @@ class StepReport:
             "seconds": self.seconds,
             "samples": float(sum(r.samples for r in self.draws)),
         }
-
-
-def _assert_finite(draws: list[DrawReport], norm: Tensor, step: int) -> None:
-    """One look at the device for the whole step."""
-    if math.isfinite(float(norm)) and all(math.isfinite(float(r.loss)) for r in draws):
-        return
-    bad = next((r for r in draws if not math.isfinite(float(r.loss))), draws[-1])
-    what = "loss" if not math.isfinite(float(bad.loss)) else "gradient"
-    raise NotFinite(
-        f"the {what} is not finite in optimizer step {step + 1}, bucket {bad.draw.bucket!r} at strength {bad.draw.scale:g} "
-        f"({', '.join(bad.files)}). Lower learning_rate, or try mixed_precision no; the last checkpoint is unharmed"
-    )
