@@ -313,9 +313,8 @@ def build_trainer(
 def _pair(config: RunConfig, trainer: Trainer, recorded: bool | None) -> None:
     """Decide whether the draws of a cycle share a forward. A run that goes on does what it did: its rounding depends on it."""
     wanted = config.signs_in_one_forward
-    on = trainer.accelerator.device.type != "cpu" and not sharded() if recorded is None else recorded
-    if sharded():  # all processes must make the same number of forwards, and each judges by its own samples
-        on = False
+    on = trainer.accelerator.device.type != "cpu" if recorded is None else recorded
+    on = on and not sharded()  # then all must make the same number of forwards, and each process judges by its own samples
     trainer.pairing = Pairing(on if wanted == "auto" else wanted == "yes", wanted == "yes", trainer.family.facts.name)
     if trainer.pairing.on:
         trainer.check_pairing()

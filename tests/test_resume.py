@@ -211,6 +211,15 @@ def test_every_key_has_one_place() -> None:
     assert set(listed) <= set(RunConfig.model_fields)
 
 
+def test_a_key_that_an_older_version_did_not_have_counts_as_its_default() -> None:
+    written = {"model_family": "sd1", "seed": 42, "family_option": 1}
+    resuming.check_config(Path("checkpoint"), {"config": written}, RunConfig(model_family="sd1"))
+    with pytest.raises(UserError, match='timestep_sampling was "uniform" and is "logit_normal"'):
+        resuming.check_config(
+            Path("checkpoint"), {"config": written}, RunConfig(model_family="sd1", timestep_sampling="logit_normal")
+        )
+
+
 def test_a_checkpoint_says_what_it_is_of(done: Path, tmp_path: Path) -> None:
     facts = json.loads((checkpoints(tmp_path / "out-done")[-1] / STATE).read_text())["facts"]
     assert set(resuming.FOUND) <= set(facts) and facts["processes"] == 1 and facts["config"]["seed"] == 1

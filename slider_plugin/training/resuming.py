@@ -180,10 +180,16 @@ def resume_schedule(schedule: Any, optimizer: torch.optim.Optimizer, saved: Mapp
 
 
 def _configs(recorded: Mapping[str, Any], config: RunConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both configurations with every key, as JSON has them; a key that a run was written without has None."""
-    now = {**dict.fromkeys(RunConfig.model_fields), **json.loads(json.dumps(to_json(config)))}
+    """Both configurations with every key, as JSON has them; one that the former was written without has its default."""
+    defaults = {**dict.fromkeys(RunConfig.model_fields), **_as_json(RunConfig(model_family=config.model_family))}
+    now = {**defaults, **_as_json(config)}
     written = recorded.get("config")
-    return ({} if written is None else {**dict.fromkeys(now), **written}), now
+    return ({} if written is None else {**dict.fromkeys(now), **defaults, **written}), now
+
+
+def _as_json(config: RunConfig) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(json.dumps(to_json(config)))
+    return values
 
 
 def _short(value: Any) -> str:
