@@ -52,7 +52,7 @@ def test_keys_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
 def test_doctor_tells_the_plan_and_writes_nothing(project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert execute(["doctor", str(project("sd1", neutral=True))]) == 0
     text = capsys.readouterr().out
-    for part in ("28 modules (slider)", "16 self", "more", "+0.5", "less", "-0.5", "neutral", "3 draws", "GiB"):
+    for part in ("28 modules (slider)", "16 self", "more", "+0.5", "less", "-0.5", "neutral", "3 draws", "MiB"):
         assert part in text, text
     assert not (tmp_path / "out").exists()
 
