@@ -205,6 +205,7 @@ def attach(
     else:
         trained_model(config, components).to(machine.device)
     if config.torch_compile != "no":
+        adapter.prepare_for_compile()
         for model in (components.denoiser, components.controlnet):
             if model is not None:
                 console.say(f"torch.compile ({config.torch_compile}): {compile_model(model, config.torch_compile)}")

@@ -386,5 +386,5 @@ def test_the_doctor_of_a_resumed_run_knows_the_optimizer(project: Project, tmp_p
     config = project("sd1", max_train_steps=1)
     run.train(read_config(config, (), Plugins.discover().facts)[0])
     flags = ("--resume_from_checkpoint", "latest", "--optimizer", "prodigy", "--max_train_steps", "2")
-    with pytest.raises(ConfigError, match="written with AdamW, and this run has Prodigy"):
+    with pytest.raises(ConfigError, match='optimizer was "adamw" and is "prodigy"'):
         preflight(read_config(config, flags, Plugins.discover().facts)[0], Plugins.discover().load("sd1"))

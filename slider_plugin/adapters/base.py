@@ -32,6 +32,10 @@ class Adapter(Protocol):
         """
         ...
 
+    def prepare_for_compile(self) -> None:
+        """Put all hooks into the layers before they are compiled: a compiled layer does not look for later ones."""
+        ...
+
     def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """The trainable parameters, float32, in an order that does not change."""
         ...

@@ -155,6 +155,9 @@ class LycorisAdapter:
 
     # --- weights ----------------------------------------------------------------------------------------------------
 
+    def prepare_for_compile(self) -> None:
+        """Nothing: `torch_compile` refuses lycoris-lora, whose layers take the strength as a plain number."""
+
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Names such as `conv_in.lokr_w1` and their parameters, by module."""
         return [(f"{name}.{part}", p) for name, lora in self._layers.items() for part, p in lora.named_parameters()]

@@ -116,6 +116,10 @@ class LoraAdapter:
         if self._scales:
             self._hook()
 
+    def prepare_for_compile(self) -> None:
+        """Hook the layers that a strength per sample needs: TorchDynamo has no guard for a hook that comes later."""
+        self._hook()
+
     def _hook(self) -> None:
         """From the first scale per sample on: a hook on each layer takes 0.1 ms of a processor, also where it does nothing."""
         if not self._is_hooked:
