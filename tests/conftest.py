@@ -16,6 +16,7 @@ import pytest
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach for a hub
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # known answers are those of the processor
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from threads, and files of tests run side by side
 
 
 @pytest.fixture(autouse=True)

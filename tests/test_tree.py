@@ -76,6 +76,6 @@ def test_no_pickle_anywhere() -> None:
 def test_readme_names_the_two_commands_that_ci_runs() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    command = re.search(r"^pip install .*pytest$", readme, re.MULTILINE)
+    command = re.search(r"^pip install .*& pytest -n auto .*$", readme, re.MULTILINE)
     assert command
     assert command[0].removeprefix("pip install ") in ci
