@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from test_training import trainer_of
+from trainers import trainer_of
 
 from slider_plugin.errors import UserError
 from slider_plugin.training.loop import NotFinite, Trainer

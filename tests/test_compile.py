@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
+from trainers import trainer_of
 
-from slider_plugin import run, stages
+from slider_plugin import run
 from slider_plugin.configfile import read_config
 from slider_plugin.errors import UserError
-from slider_plugin.preflight import preflight
 from slider_plugin.registry import Plugins
 from slider_plugin.training.compiling import check_compile, compile_model
 from slider_plugin.training.loop import Trainer
@@ -30,20 +30,12 @@ def _nothing_compiled() -> None:
     counters.clear()
 
 
-def trainer_of(config: Path) -> Trainer:
-    """The trainer as `run.train` builds it, before its first step, with random weights in its adapter."""
-    parsed = read_config(config, (), Plugins.discover().facts)[0]
-    family = Plugins.discover().load(parsed.model_family)
-    checked = preflight(parsed, family)
-    machine = stages.open_machine(parsed)
-    components = stages.load(parsed, family, checked, machine)
-    adapter = stages.attach(parsed, family, components, stages.find_targets(parsed, family, checked, components), machine)
-    data = stages.encode(parsed, family, components, checked, machine)
-    sampler = family.build_sampler(data.infos(), parsed.seed, parsed.data_backend_sampling, checked.neutral_scale)
-    trainer = stages.build_trainer(parsed, family, components, adapter, data, sampler, checked, machine)
+def randomized(config: Path) -> Trainer:
+    """The trainer with random weights in its adapter."""
+    trainer = trainer_of(config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in adapter.parameters():
+        for parameter in trainer.adapter.parameters():
             parameter.normal_(std=0.1, generator=generator)
     return trainer
 
@@ -79,7 +71,7 @@ PER_SAMPLE = [(0.5, -0.5), (-1.0, 0.0), (3.0, 0.2)]
 )
 def test_no_strength_compiles_anything_anew(project: Project, family: str, backend: str, checkpointing: bool) -> None:
     config = project(family, torch_compile=backend, gradient_checkpointing=checkpointing)
-    trainer = trainer_of(config)
+    trainer = randomized(config)
     first = losses_and_gradients(trainer, SCALES[:1])
     compiled = graphs()
     assert compiled, "nothing was compiled"
@@ -112,11 +104,11 @@ INDUCTOR = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason
 )
 def test_compiled_is_what_it_is_without(project: Project, family: str, backend: str) -> None:
     config = project(family, torch_compile=backend)
-    compiled = losses_and_gradients(trainer_of(config), [*SCALES, *PER_SAMPLE])
+    compiled = losses_and_gradients(randomized(config), [*SCALES, *PER_SAMPLE])
     assert graphs()
     config.write_text(config.read_text().replace(f'"torch_compile": "{backend}"', '"torch_compile": "no"'))
     before = graphs()
-    plain = losses_and_gradients(trainer_of(config), [*SCALES, *PER_SAMPLE])
+    plain = losses_and_gradients(randomized(config), [*SCALES, *PER_SAMPLE])
     assert graphs() == before
     assert compiled[0] == pytest.approx(plain[0], rel=1e-5)
     for ours, expected in zip(compiled[1], plain[1], strict=True):

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from trainers import trainer_of
 
 from slider_hooks import LoadRequest
 from slider_plugin import run, stages
@@ -24,11 +25,9 @@ from slider_plugin.cli import execute
 from slider_plugin.configfile import read_config
 from slider_plugin.errors import UserError
 from slider_plugin.lycoris_config import LycorisConfig
-from slider_plugin.preflight import preflight
 from slider_plugin.registry import Plugins
 from slider_plugin.testing.rules import attached
 from slider_plugin.testing.subject import PROMPTS, Subject
-from slider_plugin.training.loop import Trainer
 
 Folders = Callable[[str], Path]
 Project = Callable[..., Path]
@@ -244,19 +243,6 @@ def test_strengths_come_back_after_drawing_whatever_happens(tiny_folders: Folder
 
 def train(config: Path, *flags: str) -> run.Outcome:
     return run.train(read_config(config, flags, Plugins.discover().facts)[0])
-
-
-def trainer_of(config: Path, *flags: str) -> Trainer:
-    """The trainer as `run.train` builds it, before its first step."""
-    parsed = read_config(config, flags, Plugins.discover().facts)[0]
-    family = Plugins.discover().load(parsed.model_family)
-    checked = preflight(parsed, family)
-    machine = stages.open_machine(parsed)
-    components = stages.load(parsed, family, checked, machine)
-    adapter = stages.attach(parsed, family, components, stages.find_targets(parsed, family, checked, components), machine)
-    data = stages.encode(parsed, family, components, checked, machine)
-    sampler = family.build_sampler(data.infos(), parsed.seed, parsed.data_backend_sampling, checked.neutral_scale)
-    return stages.build_trainer(parsed, family, components, adapter, data, sampler, checked, machine)
 
 
 def lycoris(*entries: str) -> dict[str, Any]:

@@ -8,30 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from trainers import trainer_of
 
 from slider_plugin import stages
 from slider_plugin.cli import execute
 from slider_plugin.configfile import read_config
 from slider_plugin.preflight import preflight
 from slider_plugin.registry import Plugins
-from slider_plugin.training.loop import Trainer
 from slider_plugin.training.memory import Footprint, LiveBytes, Unpredictable, predict_footprint
 
 Project = Callable[..., Path]
 CPU = torch.device("cpu")
-
-
-def trainer_of(config: Path) -> Trainer:
-    """The trainer as `run.train` builds it, before its first step."""
-    parsed = read_config(config, (), Plugins.discover().facts)[0]
-    family = Plugins.discover().load(parsed.model_family)
-    checked = preflight(parsed, family)
-    machine = stages.open_machine(parsed)
-    components = stages.load(parsed, family, checked, machine)
-    adapter = stages.attach(parsed, family, components, stages.find_targets(parsed, family, checked, components), machine)
-    data = stages.encode(parsed, family, components, checked, machine)
-    sampler = family.build_sampler(data.infos(), parsed.seed, parsed.data_backend_sampling, checked.neutral_scale)
-    return stages.build_trainer(parsed, family, components, adapter, data, sampler, checked, machine)
 
 
 def allocated(work: Callable[[], Any]) -> int:

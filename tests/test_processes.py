@@ -16,7 +16,8 @@ import pytest
 import torch
 from conftest import draw_images
 from safetensors.torch import load_file
-from test_training import metrics, train, trainer_of
+from test_training import metrics, train
+from trainers import trainer_of
 
 from slider_plugin.config import RunConfig
 from slider_plugin.errors import UserError

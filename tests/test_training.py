@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from trainers import trainer_of
 
-from slider_plugin import run, stages
+from slider_plugin import run
 from slider_plugin.configfile import read_config
 from slider_plugin.errors import UserError
 from slider_plugin.preflight import preflight
@@ -32,19 +33,6 @@ def train(config: Path, *flags: str) -> run.Outcome:
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def trainer_of(config: Path) -> Trainer:
-    """The trainer as `run.train` builds it, before its first step."""
-    parsed = read_config(config, (), Plugins.discover().facts)[0]
-    family = Plugins.discover().load(parsed.model_family)
-    checked = preflight(parsed, family)
-    machine = stages.open_machine(parsed)
-    components = stages.load(parsed, family, checked, machine)
-    adapter = stages.attach(parsed, family, components, stages.find_targets(parsed, family, checked, components), machine)
-    data = stages.encode(parsed, family, components, checked, machine)
-    sampler = family.build_sampler(data.infos(), parsed.seed, parsed.data_backend_sampling, checked.neutral_scale)
-    return stages.build_trainer(parsed, family, components, adapter, data, sampler, checked, machine)
 
 
 @pytest.mark.parametrize("family", ["sd1", "z_image"])

@@ -212,6 +212,11 @@ def _without_fsdp(config: RunConfig) -> Iterator[str]:
         yield "torch_compile: it was never tried on a sharded denoiser; write no, or launch without FSDP"
 
 
+def draws_here(processes: Processes) -> bool:
+    """Whether this process draws images: the main one, and with FSDP all, since each holds a part of the denoiser."""
+    return processes.is_main or sharded()
+
+
 def sharded() -> bool:
     """Whether the launcher asks for FSDP."""
     return _flag("ACCELERATE_USE_FSDP")

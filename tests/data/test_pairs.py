@@ -11,28 +11,16 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from trainers import trainer_of
 
-from slider_plugin import run, stages
+from slider_plugin import run
 from slider_plugin.configfile import read_config
 from slider_plugin.errors import ConfigError
 from slider_plugin.preflight import preflight
 from slider_plugin.registry import Plugins
-from slider_plugin.training.loop import Trainer
 from slider_plugin.training.seeds import generator
 
 Project = Callable[..., Path]
-
-
-def trainer_of(path: Path) -> Trainer:
-    config = read_config(path, family=lambda name: Plugins.discover().facts(name))[0]
-    family = Plugins.discover().load(config.model_family)
-    checked = preflight(config, family)
-    machine = stages.open_machine(config)
-    components = stages.load(config, family, checked, machine)
-    adapter = stages.attach(config, family, components, stages.find_targets(config, family, checked, components), machine)
-    data = stages.encode(config, family, components, checked, machine)
-    sampler = stages.build_sampler(config, family, data, checked)
-    return stages.build_trainer(config, family, components, adapter, data, sampler, checked, machine)
 
 
 def edit(tmp_path: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
