@@ -279,7 +279,7 @@ class RunConfig(_Strict):
     gradient_accumulation_steps: Count = Field(1, description="draws per optimizer step, rounded up to whole cycles")
     signs_in_one_forward: Literal["auto", "yes", "no"] = Field(
         "auto",
-        description="the draws of a cycle share a forward, with the same gradient; auto: where there is a GPU and it fits",
+        description="the draws of a cycle share a forward, with the same gradient; auto: where the model allows it and it fits",
     )
     gradient_checkpointing: bool = Field(False, description="less memory, more time")
     torch_compile: Literal["no", "inductor", "aot_eager", "eager"] = Field(

@@ -113,13 +113,13 @@ def test_more_images_and_no_checkpointing_take_more(project: Project) -> None:
     family = Plugins.discover().load("flux")
 
     def activations(**changes: Any) -> int:
-        changed = parsed.model_copy(update=changes)
+        changed = parsed.model_copy(update={"signs_in_one_forward": "no", **changes})
         return predict_footprint(changed, family, preflight(changed, family), CPU).activations
 
     usual = activations()
     assert activations(train_batch_size=4) == pytest.approx(2 * usual, rel=0.1)
     assert activations(gradient_checkpointing=True) < 0.8 * usual
-    assert activations(signs_in_one_forward="yes") == pytest.approx(2 * usual, rel=0.1)
+    assert activations(signs_in_one_forward="auto") == pytest.approx(2 * usual, rel=0.1)
 
 
 def test_a_model_that_cannot_be_run_without_values_is_named(project: Project) -> None:
@@ -140,9 +140,10 @@ def test_live_bytes_are_counted_to_the_byte() -> None:
         del third
 
 
-def test_the_trainer_takes_no_more_than_a_bare_loop(project: Project) -> None:
-    """The same model, adapter, batch and optimizer, in ten lines; encoders and the autoencoder left memory before."""
-    config = project("sd1", resolution=128)
+@pytest.mark.parametrize("together", ["no", "yes"])
+def test_the_trainer_takes_no_more_than_a_bare_loop(project: Project, together: str) -> None:
+    """The same model, adapter, batches and optimizer, in ten lines; encoders and the autoencoder left memory before."""
+    config = project("sd1", resolution=128, signs_in_one_forward=together)
     trainer = trainer_of(config)
     parked = stages.park(read_config(config, (), Plugins.discover().facts)[0], trainer.components, trainer.accelerator)
     assert set(parked.names) == {"vae", "text_encoder"}
@@ -155,12 +156,14 @@ def test_the_trainer_takes_no_more_than_a_bare_loop(project: Project) -> None:
     unet, scheduler = trainer.components.denoiser, trainer.components.scheduler
 
     def bare_step() -> None:
-        for draw in draws:
-            batch = trainer.data.batch(draw)
-            noise, time_B = torch.randn_like(batch.clean_BCHW), torch.randint(1000, (len(batch.clean_BCHW),))
-            noisy = scheduler.add_noise(batch.clean_BCHW, noise, time_B)
-            text = torch.stack([told["prompt_embeds"] for told in batch.conditioning])
-            with trainer.adapter.scaled(draw.scale):
+        for group in [draws] if together == "yes" else [[draw] for draw in draws]:
+            batches = [trainer.data.batch(draw) for draw in group]
+            clean = torch.cat([batch.clean_BCHW for batch in batches])
+            noise, time_B = torch.randn_like(clean), torch.randint(1000, (len(clean),))
+            noisy = scheduler.add_noise(clean, noise, time_B)
+            text = torch.stack([told["prompt_embeds"] for batch in batches for told in batch.conditioning])
+            scales = [draw.scale for draw, batch in zip(group, batches, strict=True) for _ in batch.conditioning]
+            with trainer.adapter.scaled(scales if together == "yes" else scales[0]):
                 answer = unet(noisy, time_B, encoder_hidden_states=text).sample
                 (torch.nn.functional.mse_loss(answer, noise) / len(draws)).backward()
         torch.nn.utils.clip_grad_norm_(trainer.adapter.parameters(), 1.0)

@@ -361,7 +361,7 @@ def test_a_run_trains_draws_and_resumes_to_the_same_file(
         drawn.append(adapter.tensors())
         return draw(config, family, components, adapter, *rest)
 
-    monkeypatch.setattr(stages, "draw", watching)
+    monkeypatch.setattr(stages.results, "draw", watching)
 
     def train(folder: str, *flags: str) -> run.Outcome:
         flags = ("--output_dir", str(tmp_path / folder), *flags)

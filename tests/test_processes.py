@@ -33,10 +33,16 @@ HARD = {"caption_dropout_probability": 0.3, "max_grad_norm": 0.3}
 """Captions that are dropped, and a gradient that is clipped in every step."""
 
 SCENARIOS: dict[str, dict[str, Any]] = {
-    "apart": {**HARD, "max_train_steps": STEPS},
+    "apart": {**HARD, "max_train_steps": STEPS, "signs_in_one_forward": "no"},
     "together": {**HARD, "max_train_steps": STEPS, "signs_in_one_forward": "yes"},
     "memory": {**HARD, "max_train_steps": 3, "signs_in_one_forward": "auto"},
-    "weighed": {"max_train_steps": 4, "snr_gamma": 5.0, "gradient_accumulation_steps": 6, "optimizer_config": {"beta1": 0.5}},
+    "weighed": {
+        "max_train_steps": 4,
+        "signs_in_one_forward": "no",
+        "snr_gamma": 5.0,
+        "gradient_accumulation_steps": 6,
+        "optimizer_config": {"beta1": 0.5},
+    },
 }
 
 Tiny = Callable[[str], Path]

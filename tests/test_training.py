@@ -88,9 +88,12 @@ def test_the_loss_is_its_formula(project: Project, family: str) -> None:
         assert draw.scale == (0.5 if draw.position == 0 else -0.5)
 
 
-def test_the_backward_pass_runs_at_the_draw_s_scale(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = trainer_of(project("sd1"))
-    seen: list[float] = []
+@pytest.mark.parametrize(("together", "scales"), [("no", [0.5, -0.5]), ("yes", [[0.5, 0.5, -0.5, -0.5]])])
+def test_the_backward_pass_runs_at_the_draw_s_scale(
+    project: Project, monkeypatch: pytest.MonkeyPatch, together: str, scales: list[Any]
+) -> None:
+    trainer = trainer_of(project("sd1", signs_in_one_forward=together))
+    seen: list[Any] = []
     backward = trainer.accelerator.backward
 
     def recording(loss: torch.Tensor) -> None:
@@ -99,7 +102,7 @@ def test_the_backward_pass_runs_at_the_draw_s_scale(project: Project, monkeypatc
 
     monkeypatch.setattr(trainer.accelerator, "backward", recording)
     trainer.optimizer_step()
-    assert seen == [0.5, -0.5]
+    assert seen == scales
     assert trainer.adapter.scale == 1.0
 
 

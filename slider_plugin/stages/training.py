@@ -93,8 +93,8 @@ def build_trainer(
 def _pair(config: RunConfig, trainer: Trainer, recorded: bool | None) -> None:
     """Decide whether the draws of a cycle share a forward. A run that goes on does what it did: its rounding depends on it."""
     wanted = config.signs_in_one_forward
-    on = trainer.accelerator.device.type != "cpu" if recorded is None else recorded
-    on = on and not sharded()  # then all must make the same number of forwards, and each process judges by its own samples
+    # under FSDP all must make the same number of forwards, and each process judges by its own samples
+    on = recorded is not False and not sharded()
     trainer.pairing = Pairing(on if wanted == "auto" else wanted == "yes", wanted == "yes", trainer.family.facts.name)
     if trainer.pairing.on:
         trainer.check_pairing()

@@ -98,8 +98,8 @@ def _footprint(config: RunConfig, family: LoadedFamily, checked: Preflight, devi
     with _KnownMasks(), torch.no_grad():
         cycle = _largest_batches(config, family, components, checked, device)
     trainer = _trainer(config, family, components, adapter, checked)
-    together = config.signs_in_one_forward == "yes" or (config.signs_in_one_forward == "auto" and device.type != "cpu")
-    passes = [cycle] if together and not adapter.one_scale_only else [[batch] for batch in cycle]
+    together = config.signs_in_one_forward != "no" and not adapter.one_scale_only
+    passes = [cycle] if together else [[batch] for batch in cycle]
     weights = _size(components.denoiser, {id(p) for p in adapter.parameters()})
     for parameter in adapter.parameters():  # as after the first pass of a step
         parameter.grad = torch.empty_like(parameter)

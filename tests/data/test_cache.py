@@ -106,7 +106,7 @@ def test_values_come_back_bit_for_bit(project: Project, family: str, monkeypatch
     def hidden(*_: Any) -> str:
         raise Opaque("all of it")
 
-    monkeypatch.setattr(stages, "fingerprint", hidden)
+    monkeypatch.setattr(stages.data, "fingerprint", hidden)
     kept = encode(config)
     assert kept.fresh_images == 8 and cached.fresh_images == 0
     for key in kept.latents:
@@ -133,7 +133,7 @@ def test_cold_warm_and_uncached_runs_end_in_the_same_weights(
         return adapter.read_bytes()
 
     cold, warm = train("cold"), train("warm")
-    monkeypatch.setattr(stages, "Cache", lambda *_: Memory())
+    monkeypatch.setattr(stages.data, "Cache", lambda *_: Memory())
     assert cold == warm == train("uncached")
 
 
