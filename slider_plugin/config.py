@@ -193,8 +193,8 @@ class RunConfig(_Strict):
     pretrained_model_name_or_path: str | None = Field(None, description="folder of a diffusers pipeline, or a hub id")
     revision: str | None = Field(None, description="revision of a hub id")
     variant: str | None = Field(None, description="variant of the weight files, such as fp16")
-    base_model_precision: Literal["no_change", "int8-torchao"] = Field(
-        "no_change", description="int8-torchao: the Linear layers of the frozen model in 8 bit, for a plain LoRA"
+    base_model_precision: Literal["no_change", "int8-torchao", "nf4-bnb"] = Field(
+        "no_change", description="the frozen model's Linear layers in 8 bit (torchao) or 4 (bitsandbytes), for a plain LoRA"
     )
     model_type: Literal["lora"] = Field("lora", description="sliders are adapters")
 

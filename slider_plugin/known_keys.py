@@ -301,7 +301,7 @@ _COLUMNS = Value("captions come from file names, text files or instance_prompt; 
 _TRACKER = Value("metrics.jsonl is always written; write none or tensorboard")
 
 _EIGHT_BIT = ("int8-quanto", "fp8-quanto", "fp8uz-quanto", "fp8-torchao", "int8-bnb", "int8-sdnq")
-_FOUR_BIT = ("int4-quanto", "int2-quanto", "int4-torchao", "nf4-bnb", "bnb-nf4", "int4-sdnq")
+_FOUR_BIT = ("int4-quanto", "int2-quanto", "int4-torchao", "fp4-bnb", "int4-sdnq")
 _PLAIN = Value("AdamW in float32 is used", instead="adamw")
 _MOVED = Value("it does not begin as the base model, so strength 0 would not be the base; write default or gaussian")
 
@@ -326,7 +326,8 @@ VALUES: Mapping[str, Mapping[Any, Value]] = {
     "base_model_precision": {
         **dict.fromkeys(("no", False), Value("", instead="no_change")),
         **dict.fromkeys(_EIGHT_BIT, Value("of 8 bit there is int8-torchao; write that, or no_change")),
-        **dict.fromkeys(_FOUR_BIT, Value("there is nothing below 8 bit in this version; write int8-torchao or no_change")),
+        **dict.fromkeys(_FOUR_BIT, Value("of fewer bits there is nf4-bnb; write that, int8-torchao or no_change")),
+        "bnb-nf4": Value("", instead="nf4-bnb"),
     },
     "torch_compile": {True: Value("", instead="inductor"), False: Value("", instead="no")},
     "signs_in_one_forward": {True: Value("", instead="yes"), False: Value("", instead="no")},  # YAML's bare `yes` and `no`

@@ -1,4 +1,4 @@
-"""The frozen base in 8 bit: what is quantised, that a slider trains beside it, and that strength 0 is that base."""
+"""The frozen base in 8 and 4 bit: what is quantised, that a slider trains beside it, and that strength 0 is that base."""
 
 from __future__ import annotations
 
@@ -17,32 +17,48 @@ from slider_plugin import run
 from slider_plugin.adapters.peft_lora import LoraAdapter
 from slider_plugin.configfile import read_config
 from slider_plugin.errors import UserError
+from slider_plugin.quantise import KINDS as LIBRARIES
 from slider_plugin.quantise import bytes_at_rest, check_quantise, quantise, to_quantise
 from slider_plugin.registry import Plugins
 from slider_plugin.testing.subject import Subject
 
 Project = Callable[..., Path]
-needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+KINDS = [
+    pytest.param(
+        "int8-torchao", marks=pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+    ),
+    pytest.param(
+        "nf4-bnb", marks=pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="no bitsandbytes")
+    ),
+]
+LAYERS = {"int8-torchao": "Int8Tensor", "nf4-bnb": "Params4bit"}
+ERROR = {"int8-torchao": 0.02, "nf4-bnb": 0.3}
+"""Of the whole model's answer, relative."""
 
 
 def stored(weight: Any) -> int:
-    """Bytes of a weight, quantised or not."""
+    """Bytes of a weight, quantised or not; not those of the tables of 4 bit, which are the same for all layers."""
+    if state := getattr(weight, "quant_state", None):
+        parts = [weight, state.absmax, state.state2.absmax]
+        return sum(part.numel() * part.element_size() for part in parts)
     parts = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]] if hasattr(weight, "qdata") else [weight]
     return sum(part.numel() * part.element_size() for part in parts)
 
 
-@needs_torchao
-def test_strength_0_is_the_quantised_base(tiny_folders: Callable[[str], Path]) -> None:
-    subject = Subject.load(Plugins.discover().load("z_image"), tiny_folders("z_image"))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["sd1", "z_image"])
+def test_strength_0_is_the_quantised_base(tiny_folders: Callable[[str], Path], family: str, kind: str) -> None:
+    subject = Subject.load(Plugins.discover().load(family), tiny_folders(family))
     latents, told = subject.latents(2), subject.conditioning(("a red circle",) * 2)
     plain = subject.predict(latents, told).detach()
     before = sum(p.numel() * p.element_size() for p in subject.denoiser.parameters())
     meta = copy.deepcopy(subject.denoiser).to("meta")
-    count = quantise(subject.denoiser, subject.family.facts)
-    assert count == sum(type(m.weight).__name__ == "Int8Tensor" for m in subject.denoiser.modules() if isinstance(m, nn.Linear))
+    count = quantise(subject.denoiser, subject.family.facts, kind)
+    layers = [m for m in subject.denoiser.modules() if isinstance(m, nn.Linear)]
+    assert count == sum(type(m.weight).__name__ == LAYERS[kind] for m in layers) > 0.8 * len(layers)
     frozen = list(subject.denoiser.parameters())
     base = subject.predict(latents, told).detach()
-    assert 0 < (base - plain).norm() / plain.norm() < 0.02
+    assert 0 < (base - plain).norm() / plain.norm() < ERROR[kind]
     adapter = LoraAdapter(subject.denoiser, subject.targets().modules, rank=4, alpha=4.0)
     with torch.no_grad():
         for parameter in adapter.parameters():
@@ -54,14 +70,18 @@ def test_strength_0_is_the_quantised_base(tiny_folders: Callable[[str], Path]) -
         answer.square().mean().backward()
     assert not torch.equal(answer, base)
     assert all(p.dtype == torch.float32 and p.grad is not None and p.grad.any() for p in adapter.parameters())
-    config = type("Config", (), {"mixed_precision": "no", "base_model_precision": "int8-torchao"})()
+    config = type("Config", (), {"mixed_precision": "no", "base_model_precision": kind})()
     told = bytes_at_rest(meta, subject.family.facts, config)
     assert told == sum(stored(p) for p in frozen) < before
 
 
-@needs_torchao
-def test_a_run_on_a_quantised_base(project: Project, capsys: pytest.CaptureFixture[str], recwarn: Any) -> None:
-    outcome = run.train(read_config(project("flux", base_model_precision="int8-torchao"), (), Plugins.discover().facts)[0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_on_a_quantised_base(project: Project, capsys: pytest.CaptureFixture[str], recwarn: Any, kind: str) -> None:
+    config = read_config(project("flux", base_model_precision=kind, gradient_checkpointing=True), (), Plugins.discover().facts)[
+        0
+    ]
+    outcome = run.train(config)
+    assert f"layers of the frozen model are kept in {LIBRARIES[kind].bits} bit" in capsys.readouterr().err
     assert outcome.adapter is not None
     assert any(tensor.any() for name, tensor in load_file(outcome.adapter).items() if "lora_B" in name)
     assert not [w for w in recwarn if "get_apply_tensor_subclass" in str(w.message)]
@@ -74,7 +94,7 @@ def test_weights_that_the_model_reads_and_convolutions_stay() -> None:
     assert not wanted(nn.Conv2d(2, 2, 1), "patch_embedding")
 
 
-@pytest.mark.parametrize("value", ["nf4-bnb", "int8-quanto", "int4-torchao"])
+@pytest.mark.parametrize("value", ["fp4-bnb", "int8-quanto", "int4-torchao"])
 def test_what_cannot_be_had_is_refused(project: Project, value: str) -> None:
     with pytest.raises(UserError, match=r"base_model_precision.*write.*no_change"):
         read_config(project("sd1", base_model_precision=value), (), Plugins.discover().facts)

@@ -27,7 +27,7 @@ from slider_plugin.errors import UserError
 from slider_plugin.files import folder_replacing, remove_leftovers
 from slider_plugin.parts import other_models
 from slider_plugin.preflight import Preflight, draws, image_file
-from slider_plugin.quantise import quantise
+from slider_plugin.quantise import KINDS, quantise
 from slider_plugin.targets import TargetPlan
 from slider_plugin.training.compiling import compile_model
 from slider_plugin.training.parking import move
@@ -89,7 +89,8 @@ def load_model(config: RunConfig, family: LoadedFamily, model: str, machine: Acc
     components = family.load_components(request)
     components.denoiser.requires_grad_(False).eval()
     if config.base_model_precision != "no_change":
-        console.say(f"{quantise(components.denoiser, family.facts)} layers of the frozen model are kept in 8 bit")
+        count = quantise(components.denoiser, family.facts, config.base_model_precision)
+        console.say(f"{count} layers of the frozen model are kept in {KINDS[config.base_model_precision].bits} bit")
     if not sharded():  # then it need not fit the device, and goes there block by block
         components.denoiser.to(machine.device)
     if whole or not other_models(components):  # of a pipeline that does not tell its parts, all moves or nothing

@@ -207,7 +207,7 @@ def _without_fsdp(config: RunConfig) -> Iterator[str]:
     if config.signs_in_one_forward == "yes":
         yield "signs_in_one_forward: under FSDP all processes make the same number of forwards; write auto or no"
     if config.base_model_precision != "no_change":
-        yield "base_model_precision: weights in 8 bit are not sharded; write no_change, or launch without FSDP"
+        yield "base_model_precision: quantised weights are not sharded; write no_change, or launch without FSDP"
     if config.torch_compile != "no":
         yield "torch_compile: it was never tried on a sharded denoiser; write no, or launch without FSDP"
 
