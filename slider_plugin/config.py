@@ -282,6 +282,9 @@ class RunConfig(_Strict):
         description="the draws of a cycle share a forward, with the same gradient; auto: where the model allows it and it fits",
     )
     gradient_checkpointing: bool = Field(False, description="less memory, more time")
+    enable_group_offload: bool = Field(
+        False, description="the frozen model's blocks wait in the computer's memory, and come to the GPU one at a time"
+    )
     torch_compile: Literal["no", "inductor", "aot_eager", "eager"] = Field(
         "no",
         description="compile the model's blocks with torch.compile; eager and aot_eager need no compiler, and gain nothing",

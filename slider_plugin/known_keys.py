@@ -88,6 +88,7 @@ _RATE = "the learning rate is what learning_rate says; take it out"
 _TIMES = "use timestep_sampling, timestep_shift and timestep_range; take it out"
 _TIMESTEPS = "timesteps are drawn alike for every bucket; use timestep_range for all of them, and take it out"
 _MEMORY = "a matter of memory and speed; use gradient_checkpointing or a smaller resolution if memory is short"
+_OFFLOAD = "enable_group_offload fetches one block at a time from the computer's memory, in order with what is computed"
 _GUIDANCE = "this family has no such setting"
 _PICTURES = "a matter of pictures that are not drawn here"
 
@@ -111,11 +112,10 @@ CONFIG_KEYS: Mapping[str, Known] = {
     "dynamo_fullgraph": _ignored(False, "blocks are compiled as far as they can be"),
     "dynamo_dynamic": _ignored(None, "PyTorch finds out which sizes vary"),
     "dynamo_use_regional_compilation": _ignored(None, "blocks are compiled one by one where the model repeats them"),
-    "enable_group_offload": _ignored(False, _MEMORY),
-    "group_offload_type": _ignored("block_level", _MEMORY),
-    "group_offload_blocks_per_group": _ignored(1, _MEMORY),
-    "group_offload_use_stream": _ignored(False, _MEMORY),
-    "group_offload_to_disk_path": _ignored(None, _MEMORY),
+    "group_offload_type": _ignored("block_level", _OFFLOAD),
+    "group_offload_blocks_per_group": _ignored(1, _OFFLOAD),
+    "group_offload_use_stream": _ignored(False, _OFFLOAD),
+    "group_offload_to_disk_path": _ignored(None, _OFFLOAD),
     "vae_enable_tiling": _ignored(False, _MEMORY),
     "vae_enable_slicing": _ignored(False, _MEMORY),
     # --- adapter

@@ -27,6 +27,7 @@ from slider_plugin.loading import check_folder, denoiser_class_of, denoiser_conf
 from slider_plugin.quantise import check_quantise
 from slider_plugin.targets import TargetPlan
 from slider_plugin.training.compiling import check_compile
+from slider_plugin.training.offload import check_offload
 from slider_plugin.training.optimizers import KINDS, check_optimizer, optimizer_warnings
 from slider_plugin.training.processes import check_launch
 from slider_plugin.training.times import time_problems
@@ -88,6 +89,7 @@ def preflight(config: RunConfig, family: LoadedFamily) -> Preflight:
     _or_note(problems, lambda: check_optimizer(config))
     _or_note(problems, lambda: check_compile(config))
     _or_note(problems, lambda: check_quantise(config))
+    _or_note(problems, lambda: check_offload(config))
     _or_note(problems, lambda: check_times(config, family, model))
     _or_note(problems, lambda: check_trackers(config))
     opened = _or_note(problems, lambda: open_buckets(config, alignment(config)))

@@ -30,6 +30,7 @@ from slider_plugin.preflight import Preflight, draws, image_file
 from slider_plugin.quantise import KINDS, quantise
 from slider_plugin.targets import TargetPlan
 from slider_plugin.training.compiling import compile_model
+from slider_plugin.training.offload import Offload
 from slider_plugin.training.parking import move
 from slider_plugin.training.processes import Processes, open_accelerator, sharded
 from slider_plugin.training.seeds import derived_seed
@@ -91,7 +92,12 @@ def load_model(config: RunConfig, family: LoadedFamily, model: str, machine: Acc
     if config.base_model_precision != "no_change":
         count = quantise(components.denoiser, family.facts, config.base_model_precision)
         console.say(f"{count} layers of the frozen model are kept in {KINDS[config.base_model_precision].bits} bit")
-    if not sharded():  # then it need not fit the device, and goes there block by block
+    if config.enable_group_offload and not whole:
+        offload = Offload(components.denoiser, machine.device)
+        console.say(
+            f"{len(offload.blocks)} blocks ({offload.size / 1e6:,.1f} MB) of the frozen model wait in the computer's memory"
+        )
+    elif not sharded():  # then it need not fit the device, and goes there block by block
         components.denoiser.to(machine.device)
     if whole or not other_models(components):  # of a pipeline that does not tell its parts, all moves or nothing
         move(components, machine.device)
@@ -164,6 +170,9 @@ def attach(
         console.say(f"FSDP: {blocks} blocks of the denoiser shared out among {machine.num_processes} processes")
     else:
         trained_model(config, components).to(machine.device)
+    if config.enable_group_offload:
+        for parameter in adapter.parameters():  # those in blocks, which stay where they are
+            parameter.data = parameter.data.to(machine.device)
     if config.torch_compile != "no":
         adapter.prepare_for_compile()
         for model in (components.denoiser, components.controlnet):

@@ -78,6 +78,8 @@ def predict_footprint(config: RunConfig, family: LoadedFamily, checked: Prefligh
         raise Unpredictable("a ControlNet takes part")
     if config.base_model_precision != "no_change":
         raise Unpredictable("the frozen model is quantised")
+    if config.enable_group_offload:
+        raise Unpredictable("blocks come and go")
     if config.lycoris is not None:
         raise Unpredictable("LyCORIS measures its layers on real weights")
     if checked.targets is None:

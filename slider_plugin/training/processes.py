@@ -208,6 +208,8 @@ def _without_fsdp(config: RunConfig) -> Iterator[str]:
         yield "signs_in_one_forward: under FSDP all processes make the same number of forwards; write auto or no"
     if config.base_model_precision != "no_change":
         yield "base_model_precision: quantised weights are not sharded; write no_change, or launch without FSDP"
+    if config.enable_group_offload:
+        yield "enable_group_offload: FSDP has shares of the blocks on all GPUs; set it to false, or launch without FSDP"
     if config.torch_compile != "no":
         yield "torch_compile: it was never tried on a sharded denoiser; write no, or launch without FSDP"
 

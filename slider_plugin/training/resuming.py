@@ -41,6 +41,7 @@ SAID = (
     "adam_epsilon",
     "signs_in_one_forward",
     "gradient_checkpointing",
+    "enable_group_offload",
     "torch_compile",
 )
 """Keys that may change on the way, which is said: the run goes on from here with the new value."""
