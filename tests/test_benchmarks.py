@@ -17,8 +17,9 @@ from benchmarks.timing import ratio, table
 def test_all_run_with_one_command(tmp_path: Path) -> None:
     report = everything.main(["--quick", "--out", str(tmp_path / "results.json")])
     assert json.loads((tmp_path / "results.json").read_text()) == report
-    assert set(report) == {"machine", "step", "pairing", "objective", "start", "draws", "cache"}
+    assert set(report) == {"machine", "step", "pairing", "objective", "memory", "start", "draws", "cache"}
     assert report["objective"][0]["our forwards"] == 2 and report["objective"][0]["published forwards"] == 8
+    assert report["memory"][0]["ratio"] <= 1.03
     assert [row["start"] for row in report["start"]] == ["cold", "warm"]
     assert all(row["s"] > 0 and row["bare, s"] > 0 for row in report["start"])
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from benchmarks.memory import allocated, held
 from trainers import trainer_of
 
 from slider_plugin import stages
@@ -19,30 +20,6 @@ from slider_plugin.training.memory import Footprint, LiveBytes, Unpredictable, p
 
 Project = Callable[..., Path]
 CPU = torch.device("cpu")
-
-
-def allocated(work: Callable[[], Any]) -> int:
-    """The most bytes that the processor's allocator had given out during the work, beyond those before it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    events = profile.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    assert changes, "the profiler recorded no memory"
-    now = most = 0
-    for _, change in changes:
-        now += change
-        most = max(most, now)
-    return most
-
-
-def size(tensors: Iterable[Any]) -> int:
-    return sum({id(t): t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor)}.values())
-
-
-def held(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Weights, adapter and optimizer: what is there before and after every step."""
-    states = (value for state in optimizer.state.values() for value in state.values())
-    return size([*model.parameters(), *model.buffers(), *states])
 
 
 def measured(config: Path) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import cache, draws, objective, pairing, start, steps
+from . import cache, draws, memory, objective, pairing, start, steps
 from .timing import table
 
 
@@ -29,6 +29,7 @@ def measure(root: Path, quick: bool) -> dict[str, list[dict[str, Any]]]:
         "step": steps.rows(root, families, not quick, 1 if quick else 30),
         "pairing": pairing.main([*pairs, "--json"]),
         "objective": objective.rows(root, 1 if quick else 20),
+        "memory": memory.rows(root, families),
         "start": start.rows(root, 1 if quick else 5),
         "draws": draws.rows((10,) if quick else draws.COUNTS, 100 if quick else 2000),
         "cache": cache.main(["--json", "--counts", *(["8"] if quick else ["100", "1000", "10000"])]),

@@ -71,6 +71,7 @@ def write_run(family: str, pipeline: Path, folder: Path, side: int, **keys: Any)
         "resolution": side,
         "max_train_steps": 1000,
         "mixed_precision": "no",
+        "signs_in_one_forward": "no",  # as a loop written by hand does
     }
     (folder / "config.json").write_text(json.dumps(config | keys))
     return folder / "config.json"
