@@ -172,6 +172,31 @@ def demo(
     demonstrate(family, concept, adapter, steps, output)
 
 
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(help="A slider's file: slider.safetensors of a run")],
+    to: Annotated[str, typer.Option(help="diffusers, kohya, comfyui or lycoris")],
+    output: Annotated[Path | None, typer.Option(help="The new file; beside ADAPTER by default")] = None,
+    family: Annotated[str | None, typer.Option(help="Model family, of a file that does not tell")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; that of the file by default")] = None,
+    flip: Annotated[bool, typer.Option("--flip", help="Swap the two sides, for programs without negative strengths")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Say what was compared")] = False,
+    model: Annotated[str | None, typer.Option(help="Pipeline to load the new file into, as a check")] = None,
+    plugin: PluginFiles = None,
+) -> None:
+    """Write a slider's file in the key names of another program, and compare what is read back."""
+    _use_files(plugin)
+    _quiet_libraries()
+    from slider_plugin.export.command import export_file
+
+    exported = export_file(adapter, to, output=output, family=family, dtype=dtype, flip=flip, verify=verify, model=model)
+    for line in exported.notes:
+        console.say(line)
+    report = exported.report
+    console.say(f"{to}: {report.modules} modules, {report.dtype}, {report.size / 1e6:.1f} MB")
+    console.out.print(str(report.path), markup=False)
+
+
 @plugins_app.command("list")
 def plugins_list(
     as_json: Annotated[bool, typer.Option("--json", help="An array of objects")] = False,

@@ -126,6 +126,34 @@ class Targets:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Key names under which another program reads a LoRA of this family.
+
+    State only what was held against the program itself or its table of names: a file that is read by half is a weak slider.
+    """
+
+    prefix: str
+    """What every key begins with, such as `lora_unet_` or `diffusion_model.`."""
+
+    flat: bool = False
+    """The format of kohya: dots of module names become underscores, factors are `lora_down` and `lora_up`, and each module has
+    an `alpha`. Otherwise names keep their dots, factors are `lora_A` and `lora_B`, and alpha is the rank."""
+
+    names: tuple[tuple[str, str], ...] = ((r".+", r"\g<0>"),)
+    """From module names here to those there: expression and replacement, matched as a whole; the first that matches counts. A
+    module that none matches has no name there."""
+
+    left_out: str = ""
+    """Modules that the program's readers cannot take, as an expression."""
+
+    programs: str = ""
+    """Who reads it, for people."""
+
+    reads_diffusers: bool = False
+    """The program reads the diffusers file as well, so that `slider train` need not write a second one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
     """A configuration key of one family alone; the command line, the configuration file and the page read it."""
 
@@ -217,6 +245,14 @@ class Family:
 
     aliases: tuple[str, ...] = ()
     """Other spellings of the name that a configuration may use."""
+
+    layouts: Mapping[Literal["kohya", "comfyui"], Layout] = field(default_factory=dict)
+    """Key names for other programs, by what `slider export --to` says. Without any, a slider is offered for diffusers (and for
+    lycoris-lora, which takes diffusers' names), and nothing is promised about other programs."""
+
+    file_metadata: Mapping[str, str] = field(default_factory=dict)
+    """More strings for the header of a slider's file, by which other programs tell the model (`ss_base_model_version`,
+    `modelspec.architecture`)."""
 
     tiny: Callable[[Path], None] | None = None
     """Write a tiny random pipeline folder, built from configs with real classes, for tests."""

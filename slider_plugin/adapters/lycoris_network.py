@@ -246,6 +246,11 @@ class LycorisFile:
         self._network = network
         self._network.set_multiplier(0.0)
 
+    def changes(self) -> dict[str, Tensor]:
+        """The change of each layer's weight at strength 1, in the weight's shape."""
+        by_name = dict(zip(sorted({lora.lora_name for lora in self._network.loras}), self.modules, strict=True))
+        return {by_name[lora.lora_name]: _change_of(lora)[0].detach() for lora in self._network.loras}
+
     @contextmanager
     def scaled(self, scale: float) -> Iterator[None]:
         """Run the file at `scale` inside, and at what it was before outside."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slider_hooks import Components, Conditioning, Family, Flavour, Flow, Targets, hookimpl, sigma_as_is
+from slider_hooks import Components, Conditioning, Family, Flavour, Flow, Layout, Targets, hookimpl, sigma_as_is
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,6 +70,7 @@ FAMILY = Family(
         "0.3": Flavour(model="fal/AuraFlow-v0.3", source="diffusers loaders/single_file_utils.py:213"),
     },
     default_flavour="0.3",
+    layouts={"comfyui": Layout(prefix="transformer.", programs="ComfyUI", reads_diffusers=True)},
     aliases=("aura_flow",),
     tiny=tiny,
 )

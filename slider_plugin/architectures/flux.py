@@ -15,6 +15,7 @@ from slider_hooks import (
     Family,
     Flavour,
     Flow,
+    Layout,
     LoadRequest,
     Option,
     Targets,
@@ -97,6 +98,8 @@ FAMILY = Family(
     },
     default_flavour="dev",
     options=(GUIDANCE,),
+    layouts={"comfyui": Layout(prefix="transformer.", programs="ComfyUI", reads_diffusers=True)},
+    file_metadata={"ss_base_model_version": "flux1"},
     aliases=("flux1", "flux.1"),
     tiny=tiny,
 )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slider_hooks import Components, Conditioning, Family, Flavour, Flow, Targets, hookimpl, sigma_as_is
+from slider_hooks import Components, Conditioning, Family, Flavour, Flow, Layout, Targets, hookimpl, sigma_as_is
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,6 +93,7 @@ FAMILY = Family(
         "turbo": Flavour(model="krea/Krea-2-Turbo", source=README),
     },
     default_flavour="raw",
+    layouts={"comfyui": Layout(prefix="transformer.", programs="ComfyUI", reads_diffusers=True)},
     aliases=("krea_2",),
     tiny=tiny,
 )

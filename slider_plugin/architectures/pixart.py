@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slider_hooks import Components, Conditioning, Diffusion, Family, Flavour, Targets, hookimpl
+from slider_hooks import Components, Conditioning, Diffusion, Family, Flavour, Layout, Targets, hookimpl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,6 +76,7 @@ FAMILY = Family(
         ),
     },
     default_flavour="1024",
+    layouts={"comfyui": Layout(prefix="transformer.", programs="ComfyUI", reads_diffusers=True)},
     aliases=("pixart_sigma",),
     tiny=tiny,
 )

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slider_hooks import Components, Conditioning, Family, Flavour, Flow, Targets, hookimpl, sigma_as_is
+from slider_hooks import Components, Conditioning, Family, Flavour, Flow, Layout, Targets, hookimpl, sigma_as_is
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,6 +71,8 @@ FAMILY = Family(
     guidance_scale=4.0,
     flavours={"1.0": Flavour(model="Qwen/Qwen-Image", source="diffusers docs: api/pipelines/qwenimage.md")},
     default_flavour="1.0",
+    # Tried with diffusers' loader, and held against ComfyUI's table of names: it takes `transformer.` as well.
+    layouts={"comfyui": Layout(prefix="diffusion_model.", programs="ComfyUI", reads_diffusers=True)},
     aliases=("qwen", "qwenimage"),
     tiny=tiny,
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from slider_hooks import Diffusion, Family, Flavour
-from slider_plugin.common.unet import TARGETS, control, encode_control, load_controlnet
+from slider_plugin.common.unet import KOHYA, TARGETS, control, encode_control, load_controlnet
 
 __all__ = ["FAMILY", "control", "encode_control", "load_controlnet"]  # the ControlNet's hooks are those of every such UNet
 
@@ -61,6 +61,8 @@ FAMILY = Family(
         )
     },
     default_flavour="1.5",
+    layouts={"kohya": KOHYA, "comfyui": KOHYA},
+    file_metadata={"ss_base_model_version": "sd_v1", "modelspec.architecture": "stable-diffusion-v1/lora"},
     aliases=("sd1x", "sd15", "sd1.5"),
     tiny=tiny,
 )

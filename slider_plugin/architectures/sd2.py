@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from slider_hooks import Diffusion, Family, Flavour
-from slider_plugin.common.unet import TARGETS, control, encode_control, load_controlnet
+from slider_plugin.common.unet import KOHYA, TARGETS, control, encode_control, load_controlnet
 
 __all__ = ["FAMILY", "control", "encode_control", "load_controlnet"]  # the ControlNet's hooks are those of every such UNet
 
@@ -67,6 +67,8 @@ FAMILY = Family(
         ),
     },
     default_flavour="2.1",
+    layouts={"kohya": KOHYA, "comfyui": KOHYA},
+    file_metadata={"ss_base_model_version": "sd_v2"},
     aliases=("sd2x", "sd20", "sd21", "sd2.0", "sd2.1"),
     tiny=tiny,
 )

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slider_hooks import Components, Conditioning, Family, Flavour, Flow, Targets, hookimpl
+from slider_hooks import Components, Conditioning, Family, Flavour, Flow, Layout, Targets, hookimpl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,6 +98,8 @@ FAMILY = Family(
         ),
     },
     default_flavour="sd3-medium",
+    layouts={"comfyui": Layout(prefix="transformer.", programs="ComfyUI", reads_diffusers=True)},
+    file_metadata={"ss_base_model_version": "sd3"},
     aliases=("sd3.5", "sd35", "stable_diffusion_3"),
     tiny=tiny,
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slider_hooks import Components, Conditioning, Diffusion, Family, Flavour, hookimpl
-from slider_plugin.common.unet import TARGETS, control, encode_control, load_controlnet
+from slider_plugin.common.unet import KOHYA, TARGETS, control, encode_control, load_controlnet
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,6 +82,8 @@ FAMILY = Family(
         ),
     },
     default_flavour="base-1.0",
+    layouts={"kohya": KOHYA, "comfyui": KOHYA},
+    file_metadata={"ss_base_model_version": "sdxl_base_v1-0", "modelspec.architecture": "stable-diffusion-xl-v1-base/lora"},
     aliases=("stable_diffusion_xl",),
     tiny=tiny,
 )

@@ -13,10 +13,42 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slider_hooks import Components, Conditioning, Family, Flavour, Flow, LoadRequest, Option, Targets, UserError, hookimpl
+from slider_hooks import (
+    Components,
+    Conditioning,
+    Family,
+    Flavour,
+    Flow,
+    Layout,
+    LoadRequest,
+    Option,
+    Targets,
+    UserError,
+    hookimpl,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+NATIVE = Layout(
+    prefix="diffusion_model.",
+    names=(
+        (r"(blocks\.\d+)\.attn1\.to_([qkv])", r"\1.self_attn.\2"),
+        (r"(blocks\.\d+)\.attn1\.to_out\.0", r"\1.self_attn.o"),
+        (r"(blocks\.\d+)\.attn2\.to_([qkv])", r"\1.cross_attn.\2"),
+        (r"(blocks\.\d+)\.attn2\.to_out\.0", r"\1.cross_attn.o"),
+        (r"(blocks\.\d+)\.attn2\.add_([kv])_proj", r"\1.cross_attn.\2_img"),
+        (r"(blocks\.\d+)\.ffn\.net\.0\.proj", r"\1.ffn.0"),
+        (r"(blocks\.\d+)\.ffn\.net\.2", r"\1.ffn.2"),
+        (r"condition_embedder\.(time|text)_embedder\.linear_1", r"\1_embedding.0"),
+        (r"condition_embedder\.(time|text)_embedder\.linear_2", r"\1_embedding.2"),
+        (r"condition_embedder\.time_proj", "time_projection.1"),
+        (r"proj_out", "head.head"),
+    ),
+    left_out=r"patch_embedding",  # diffusers' reader of these names raises on it
+    programs="ComfyUI",
+)
+"""The names of the original model, which ComfyUI knows alone (diffusers loaders/lora_conversion_utils.py:1840-2079)."""
 
 EXPERT = Option(
     name="wan_expert",
@@ -98,6 +130,7 @@ FAMILY = Family(
     },
     default_flavour="wan-14b",
     options=(EXPERT,),
+    layouts={"comfyui": NATIVE},
     aliases=("wan2.1", "wan2.2"),
     tiny=tiny,
     limits="models of first and last frame, control, speech and animation are refused",

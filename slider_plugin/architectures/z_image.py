@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slider_hooks import Components, Conditioning, Family, Flavour, Flow, Targets, UserError, hookimpl, one_minus_sigma
+from slider_hooks import Components, Conditioning, Family, Flavour, Flow, Layout, Targets, UserError, hookimpl, one_minus_sigma
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,6 +71,8 @@ FAMILY = Family(
     },
     limits="Omni is refused: its reference images reach no training step",
     default_flavour="turbo",
+    # Tried with diffusers' loader, and held against ComfyUI's table of names: it takes `transformer.` as well.
+    layouts={"comfyui": Layout(prefix="diffusion_model.", programs="ComfyUI", reads_diffusers=True)},
     aliases=("zimage",),
     tiny_size=64,
     tiny=tiny,

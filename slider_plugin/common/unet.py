@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from slider_hooks import Components, Family, Targets, hookimpl
+from slider_hooks import Components, Family, Layout, Targets, hookimpl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +26,15 @@ TARGETS = Targets(
 
 In some upscalers `only_cross_attention` makes attn1 attend to text as well: a family states in `expects` that it does not.
 """
+
+KOHYA = Layout(
+    prefix="lora_unet_",
+    flat=True,
+    # Flattened, both layers would end in the same key for diffusers: these are the names of the original model, which all know.
+    names=((r"add_embedding\.linear_1", "label_emb.0.0"), (r"add_embedding\.linear_2", "label_emb.0.2"), (r".+", r"\g<0>")),
+    programs="ComfyUI, Forge, AUTOMATIC1111, SD.Next",
+)
+"""Of a diffusers file these programs lose the attention layers (ComfyUI, silently) or refuse all of it (Forge)."""
 
 
 HINT_CHANNELS = (16, 32, 96, 256)

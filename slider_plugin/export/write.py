@@ -10,19 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata as distributions
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from slider_hooks import CONTRACT
 from slider_plugin.adapterfile import TWINS, read_header, shape_problem
 from slider_plugin.errors import UserError
 from slider_plugin.files import replacing
@@ -46,9 +42,6 @@ class ExportReport:
     dtype: str
     size: int
     sha256: str
-
-
-# --- Writing ----------------------------------------------------------------------------------------------------------
 
 
 def export_diffusers(
@@ -79,9 +72,22 @@ def export_diffusers(
 
 
 def write_verified(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], modules: int, ranks: Sequence[int]
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    modules: int,
+    ranks: Sequence[int],
+    check: Callable[[Path], None] | None = None,
 ) -> ExportReport:
-    """Write tensors of one dtype and read them back; an older file stays until the new one is found equal bit for bit.
+    """Write tensors of one dtype, but for alphas, and read them back; an older file stays until the new one is found equal.
+
+    Args:
+        path: the file.
+        tensors: by key.
+        metadata: strings for the header.
+        modules: how many there are, for the report.
+        ranks: of theirs, for the report.
+        check: looks at the new file under its temporary name; where it raises, nothing is written.
 
     Raises:
         ExportError: the file read back is not what was meant.
@@ -91,7 +97,9 @@ def write_verified(
     with replacing(path) as temporary:
         temporary.write_bytes(data)
         _compare(temporary, tensors, header)
-    (dtype,) = {tensor.dtype for tensor in tensors.values()}
+        if check is not None:
+            check(temporary)
+    (dtype,) = {tensor.dtype for key, tensor in tensors.items() if not key.endswith(".alpha")}
     return ExportReport(
         path=path,
         modules=modules,
@@ -119,12 +127,17 @@ def fold(adapter_state: AdapterState, scalings: Mapping[str, float], prefix: str
 def _finite(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     if not torch.isfinite(tensor).all():
         raise UserError(f"{name} holds values that are not finite: the training has diverged; try a lower learning_rate")
-    cast = tensor.to(dtype, copy=True).contiguous()
-    if not torch.isfinite(cast).all():
+    return cast(tensor, name, dtype)
+
+
+def cast(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """A copy of a finite tensor in another dtype. Raises UserError, naming it, if that cannot hold its values."""
+    found = tensor.to(dtype, copy=True).contiguous()
+    if not torch.isfinite(found).all():
         raise UserError(
             f"{name} holds values that {str(dtype).removeprefix('torch.')} cannot hold; export in bfloat16 or float32"
         )
-    return cast
+    return found
 
 
 def _check_state(adapter_state: AdapterState, scalings: Mapping[str, float]) -> None:
@@ -174,60 +187,3 @@ def _compare(path: Path, meant: Mapping[str, Tensor], header: Mapping[str, str])
 def _bits(tensor: Tensor) -> Tensor:
     """Bytes, so that 0.0 and -0.0 differ."""
     return tensor.contiguous().flatten().view(torch.uint8)
-
-
-# --- Metadata ---------------------------------------------------------------------------------------------------------
-
-
-def slider_metadata(
-    *,
-    family: str,
-    flavour: str | None,
-    plugin: str,
-    plugin_version: str,
-    targets: str,
-    targets_source: str,
-    strengths: Sequence[float],
-    adapter: Mapping[str, str],
-    steps: int,
-    seed: int,
-    base_model: str,
-    objective: str,
-    extra: Mapping[str, str] | None = None,
-) -> dict[str, str]:
-    """The `slider.*` strings of a file; what is None is left out, and `extra` adds keys of its own (with any prefix).
-
-    `adapter` is what `Adapter.facts` says; `slider.rank` and `slider.alpha` in it tell how it was trained: the file itself has
-    alpha folded in and runs at strength 1 as trained.
-    """
-    values: dict[str, Any] = {
-        "version": _own_version(),
-        "family": family,
-        "flavour": flavour,
-        "plugin": plugin,
-        "plugin_version": plugin_version,
-        "contract": ".".join(map(str, CONTRACT)),
-        "targets": targets,
-        "targets_source": targets_source,
-        "strengths": json.dumps([float(strength) for strength in strengths]),
-        "steps": steps,
-        "seed": seed,
-        "base_model": _last_part(base_model),
-        "objective": objective,
-    }
-    return (
-        {f"slider.{key}": str(value) for key, value in values.items() if value is not None} | dict(adapter) | dict(extra or {})
-    )
-
-
-def _own_version() -> str:
-    try:
-        return distributions.version("slider-plugin")
-    except distributions.PackageNotFoundError:  # run from a checkout that is not installed
-        return "unknown"
-
-
-def _last_part(place: str) -> str:
-    """Name of a model folder, or of a hub repository: the path to it tells about somebody's machine."""
-    name = re.split(r"[/\\]", place.rstrip("/\\"))[-1]
-    return Path(place).resolve().name if name in ("", ".", "..") else name
