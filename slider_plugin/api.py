@@ -19,6 +19,7 @@ from slider_hooks import TargetRequest
 from slider_plugin.adapters.peft_lora import LoraAdapter
 from slider_plugin.adapters.samples import Scale
 from slider_plugin.export import ExportReport, slider_metadata
+from slider_plugin.export.metadata import for_programs
 from slider_plugin.registry import Plugins
 from slider_plugin.targets import TargetPlan, resolve_targets
 
@@ -96,7 +97,7 @@ class Slider:
             extra=metadata,
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        return self.adapter.export(path, facts.denoiser, header, dtype)
+        return self.adapter.export(path, facts.denoiser, for_programs(header, facts, path.stem), dtype)
 
 
 def attach_slider(

@@ -85,6 +85,11 @@ def _window(value: object) -> object:
     raise PydanticCustomError("window", "is no part of the noise; use two rising numbers from 0 (image) to 1 (noise): 0.2,0.8")
 
 
+def _one_line(value: object) -> object:
+    """Text without line breaks."""
+    return " ".join(value.split()) if isinstance(value, str) else value
+
+
 def _size(value: object) -> object:
     """1024, "1024" and "1024x768" are sizes; they are kept as text."""
     text = str(value).strip().lower()
@@ -102,6 +107,7 @@ Chance = Annotated[FiniteFloat, Field(ge=0, le=1), BeforeValidator(_no_bool)]
 Strength = Annotated[FiniteFloat, Field(examples=[0.5, -0.5]), BeforeValidator(_no_bool)]
 Count = Annotated[int, Field(ge=1), BeforeValidator(_no_bool)]
 Steps = Annotated[int, Field(ge=0), BeforeValidator(_no_bool)]
+Words = Annotated[str, Field(min_length=1, max_length=200), BeforeValidator(_one_line)]
 Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_no_bool)]
 
 STRENGTHS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
@@ -336,6 +342,8 @@ class RunConfig(_Strict):
     )
     checkpoints_total_limit: Count = Field(3, description="older checkpoints are deleted")
     resume_from_checkpoint: str | None = Field(None, description="`latest`, or the folder of a checkpoint")
+    slider_positive: Words | None = Field(None, description="words for what is above 0, for people: in the file and its card")
+    slider_negative: Words | None = Field(None, description="words for what is below 0, likewise")
     report_to: Literal["none", "tensorboard"] = Field("none", description="besides metrics.jsonl, which is always written")
     tracker_project_name: str = Field("slider", description="name of the log")
 

@@ -48,6 +48,7 @@ def train(config: RunConfig) -> Outcome:
         finished, seconds = stages.run(config, trainer, checked, parked)
         exported = stages.export(config, trainer, targets, checked) if finished else None
         images = stages.validate(config, trainer, checked, parked) if finished else None
+        stages.write_card(config, trainer, checked, exported, images)
     return Outcome(finished, exported, images, trainer.step, seconds)
 
 

@@ -148,14 +148,9 @@ def keys(path: Path) -> set[str]:
 def test_keys_are_those_that_each_program_knows(slider: Any) -> None:
     path, _ = slider("sdxl", everywhere=True)
     kohya = keys(export_file(path, "kohya").report.path)
-    block = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0"
-    for stem in (
-        "lora_unet_conv_in",
-        "lora_unet_time_embedding_linear_1",
-        "lora_unet_label_emb_0_0",
-        "lora_unet_label_emb_0_2",
-        block,
-    ):
+    block = "down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0"
+    for name in ("conv_in", "time_embedding_linear_1", "label_emb_0_0", "label_emb_0_2", block):
+        stem = f"lora_unet_{name}"
         assert {f"{stem}.lora_down.weight", f"{stem}.lora_up.weight", f"{stem}.alpha"} <= kohya
     assert not [key for key in kohya if "add_embedding" in key]
     alphas = {k: t for k, t in safetensors.torch.load_file(path.with_stem("slider_kohya")).items() if k.endswith(".alpha")}
@@ -245,7 +240,8 @@ def test_other_programs_find_what_they_look_for(slider: Any) -> None:
     path, _ = slider("sdxl")
     told = metadata(export_file(path, "kohya").report.path)
     wanted = {
-        "ss_network_module": "networks.lora", "ss_network_dim": "4", "ss_network_alpha": "4", "ss_steps": "100", "ss_seed": "42",
+        "ss_network_module": "networks.lora", "ss_network_dim": "4", "ss_network_alpha": "4", "ss_steps": "100",
+        "ss_seed": "42",
         "ss_base_model_version": "sdxl_base_v1-0", "ss_sd_model_name": "model", "ss_output_name": "slider_kohya",
         "modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
         "modelspec.title": "young to old", "modelspec.usage_hint": "strength -0.5 to 1.5; above 0: old; below 0: young",
@@ -295,7 +291,7 @@ def test_a_lycoris_file_goes_to_lycoris_alone_and_can_be_flipped(
     algo: str, lokr: Callable[[str], Path], tiny_folders: Callable[[str], Path]
 ) -> None:
     path = lokr(algo)
-    with pytest.raises(UserError, match="was trained with LyCORIS, and only lycoris-lora.*--to lycoris"):
+    with pytest.raises(UserError, match=r"was trained with LyCORIS, and only lycoris-lora.*--to lycoris"):
         export_file(path, "comfyui")
     written = export_file(path, "lycoris", flip=True, model=str(tiny_folders("sd1")))
     assert "lycoris-lora loads all" in written.notes[-1]
@@ -312,7 +308,7 @@ def test_a_lycoris_file_goes_to_lycoris_alone_and_can_be_flipped(
 def test_a_lycoris_file_whose_sign_hangs_on_no_tensor_is_not_flipped(tmp_path: Path) -> None:
     path = tmp_path / "oft.safetensors"
     safetensors.torch.save_file({"lycoris_conv_in.oft_blocks": torch.ones(2, 2)}, path, {"slider.family": "sd1"})
-    with pytest.raises(UserError, match="--flip: .*lycoris_conv_in has no tensor that its sign hangs on"):
+    with pytest.raises(UserError, match=r"--flip: .*lycoris_conv_in has no tensor that its sign hangs on"):
         export_file(path, "lycoris", flip=True)
 
 
@@ -352,13 +348,13 @@ def test_bad_input_is_named_with_the_way_out(slider: Any, tmp_path: Path, capfd:
         ([untold, "--to", "kohya"], "its metadata does not tell the model family; name it with --family"),
         (
             [untold, "--to", "diffusers", "--family", "flux"],
-            "its layers belong to `unet`, and the model of flux is `transformer`",
+            "layers belong to `unet`, and the model of flux is `transformer`",
         ),
         ([untold, "--to", "kohya", "--family", "nonsense"], "nonsense"),
         ([path, "--to", "kohya", "--family", "sdxl"], "is a slider of sd1, and --family is sdxl; leave --family out"),
         (
             [path, "--to", "kohya", "--output", tmp_path / "taken.safetensors"],
-            "taken.safetensors exists already and is not overwritten",
+            "exists already and is not overwritten",
         ),
         ([path, "--to", "kohya", "--output", tmp_path / "a.pt"], "a slider is a .safetensors file"),
         ([path, "--to", "kohya", "--output", whole / "a.safetensors"], "whole.safetensors is a file; choose another folder"),
@@ -407,7 +403,7 @@ def test_a_file_that_is_not_what_was_meant_is_never_written(slider: Any, monkeyp
         return found | {"conv_in": {"lora_A": found["conv_in"]["lora_A"], "lora_B": 2 * found["conv_in"]["lora_B"]}}
 
     monkeypatch.setattr("slider_plugin.export.verify.from_layout", swapped)
-    with pytest.raises(ExportError, match="conv_in.lora_B has other values"):
+    with pytest.raises(ExportError, match=r"conv_in\.lora_B has other values"):
         export_file(path, "kohya")
     with pytest.raises(ExportError):
         comfyui_file(path, Plugins.discover().facts("sd1"))

@@ -1,5 +1,6 @@
 """The stages of `run.py`: each takes what the stages before it made and makes one thing."""
 
+from slider_plugin.stages.card import write_card
 from slider_plugin.stages.data import encode, park
 from slider_plugin.stages.model import attach, find_targets, load, load_model, open_machine
 from slider_plugin.stages.results import check_validation, draw, export, validate, validation_size
@@ -21,4 +22,5 @@ __all__ = [
     "run",
     "validate",
     "validation_size",
+    "write_card",
 ]

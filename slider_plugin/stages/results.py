@@ -18,6 +18,9 @@ from slider_plugin.adapters.frozen import check_frozen, frozen_metadata, other_b
 from slider_plugin.config import RunConfig
 from slider_plugin.errors import ConfigError, UserError
 from slider_plugin.export import slider_metadata
+from slider_plugin.export.command import comfyui_file
+from slider_plugin.export.layouts import needs_own_file
+from slider_plugin.export.metadata import for_programs
 from slider_plugin.preflight import (
     EXPORTED,
     Preflight,
@@ -136,19 +139,37 @@ def export(config: RunConfig, trainer: Trainer, targets: TargetPlan, checked: Pr
         seed=config.seed,
         base_model=checked.model,
         objective=config.slider_objective,
-        extra=_extra(config, family),
+        positive=config.slider_positive,
+        negative=config.slider_negative,
+        extra=_extra(config, family, checked),
     )
     path = config.output_dir / EXPORTED
     with finished_weights(trainer.optimizer, trainer.ema):
-        report = adapter.export(path, component_of(config, family), metadata, torch.float32)
+        header = for_programs(metadata, family.facts, path.stem)
+        report = adapter.export(path, component_of(config, family), header, torch.float32)
     console.say(f"slider: {report.path} ({report.modules} modules, {report.size / 1e6:.1f} MB)")
+    _export_for_web_uis(config, family, path)
     family.observe("exported", step=trainer.step, path=path)
     return path
 
 
-def _extra(config: RunConfig, family: LoadedFamily) -> dict[str, str]:
+def _export_for_web_uis(config: RunConfig, family: LoadedFamily, path: Path) -> None:
+    """Write the second file of a plain LoRA, where the web UIs need other keys than diffusers."""
+    if config.controlnet or config.lycoris is not None or not needs_own_file(family.facts):
+        return
+    try:
+        second = comfyui_file(path, family.facts)
+    except UserError as error:  # a user's own targets may reach what has no name there; the slider itself is written
+        console.warn(f"no second file for ComfyUI: {error}")
+        return
+    report, programs = second.report, family.facts.layouts["comfyui"].programs
+    console.say("; ".join([f"for {programs}: {report.path} ({report.modules} modules)", *second.notes]))
+
+
+def _extra(config: RunConfig, family: LoadedFamily, checked: Preflight) -> dict[str, str]:
     """Metadata beyond the numbers of a run: the family's own options, who answered each hook, what stood frozen beside it."""
     extra = {"slider.hooks": json.dumps(family.describe()["hooks"], sort_keys=True), **frozen_metadata(config)}
+    extra |= {"slider.learning_rate": f"{config.learning_rate:g}", "slider.resolution": "{}x{}".format(*checked.size)}
     if config.has_controlnet:
         extra["slider.controlnet"] = json.dumps(
             {

@@ -84,6 +84,8 @@ LOOKED_AT = (
 
 WRITTEN = (
     "output_dir",
+    "slider_positive",
+    "slider_negative",
     "cache_dir",
     "checkpoint_step_interval",
     "checkpoints_total_limit",
