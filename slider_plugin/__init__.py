@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from slider_hooks import BucketInfo, Draw
     from slider_plugin.api import Slider, attach_slider, load_family
     from slider_plugin.errors import UserError
+    from slider_plugin.inference import SliderUse, use_sliders
 
-__all__ = ["BucketInfo", "Draw", "Slider", "UserError", "attach_slider", "load_family"]
+__all__ = ["BucketInfo", "Draw", "Slider", "SliderUse", "UserError", "attach_slider", "load_family", "use_sliders"]
 
 _HOMES = {
     "BucketInfo": "slider_hooks",
@@ -21,6 +22,8 @@ _HOMES = {
     "Slider": "slider_plugin.api",
     "attach_slider": "slider_plugin.api",
     "load_family": "slider_plugin.api",
+    "SliderUse": "slider_plugin.inference",
+    "use_sliders": "slider_plugin.inference",
 }
 
 

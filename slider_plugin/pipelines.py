@@ -49,6 +49,8 @@ def load_file(pipeline: Any, path: Path, name: str, **kwargs: Any) -> str:
     if any(key.startswith("lycoris_") for key in tensors):
         raise UserError(f"{path} is a LyCORIS file, which diffusers does not load; lycoris-lora does")
     modules = {key.rpartition(".lora_")[0] for key in tensors if ".lora_" in key}
+    if any(key.startswith(("text_encoder", "lora_te")) for key in tensors):
+        raise UserError(f"{path} holds layers of a text encoder, which a slider leaves alone; leave these keys out of the file")
     if not modules:
         raise UserError(f"{path}: no LoRA layers in it")
     how = _load(pipeline, path, name, next(iter(sorted(modules))).partition(".")[0], kwargs)

@@ -106,6 +106,7 @@ def test_a_run_writes_card_second_file_and_words(trained: Callable[..., str], ca
     told = front_matter(text)
     assert told["pipeline_tag"] == "text-to-image" and "sd1" in told["tags"] and "base_model" not in told
     assert "bucket more | 4 files at strength +0.5" in text and "| steps | 1 |" in text and "learning rate | 0.001" in text
+    assert ", height=32, width=32, num_inference_steps=2, guidance_scale=7.5, generator" in text
     assert str(out.parent) not in text, "nothing about this machine"
 
 

@@ -99,7 +99,7 @@ def _call(config: RunConfig, family: LoadedFamily, pipeline: Any, checked: Prefl
     wanted = {
         "height": height,
         "width": width,
-        "num_frames": num_frames(config),
+        **({"num_frames": num_frames(config)} if "video" in family.facts.modalities else {}),
         "num_inference_steps": config.validation_num_inference_steps,
         "guidance_scale": guidance,
     }
