@@ -560,6 +560,7 @@ CHANGED: dict[str, Any] = {
     "timestep_range": "0.1,0.9", "snr_gamma": 5, "use_ema": True, "ema_decay": 0.9,
     "lr_warmup_steps": 2, "max_grad_norm": 0, "mixed_precision": "no", "seed": 2**62, "output_dir": "out", "cache_dir": "kept",
     "checkpoint_step_interval": 5, "checkpoints_total_limit": 9, "resume_from_checkpoint": "latest", "report_to": "tensorboard",
+    "slider_positive": "old", "slider_negative": "young",
     "tracker_project_name": "p", "validation_negative_prompt": None, "validation_adapter_strength": -1,
     "validation_strengths": [], "validation_step_interval": 4, "validation_num_inference_steps": 2, "validation_guidance": 0,
     "validation_resolution": "64x32", "validation_num_video_frames": 9, "validation_image": "first.png",
