@@ -208,7 +208,7 @@ def _arguments(facts: CardFacts) -> list[str]:
 
 def _save(facts: CardFacts) -> str:
     if facts.makes == "video":
-        return 'export_to_video(drawn.frames[0], f"strength{strength:+g}.mp4")'
+        return 'export_to_video(list(drawn.frames[0]), f"strength{strength:+g}.mp4")'
     if facts.makes == "audio":
         sound = "torch.as_tensor(drawn.audios[0]).float().cpu().numpy().T"
         return f'soundfile.write(f"strength{{strength:+g}}.wav", {sound}, {facts.sampling_rate})'

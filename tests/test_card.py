@@ -180,6 +180,8 @@ def test_a_user_s_targets_without_a_name_elsewhere_leave_the_slider_written(
     )
     assert (tmp_path / "out" / "slider.safetensors").is_file()
     assert not (tmp_path / "out" / "slider_comfyui.safetensors").exists()
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "list(drawn.frames[0])" in program(text) and "num_frames=1" in text
     assert "no second file for ComfyUI: none of the modules" in " ".join(capfd.readouterr().err.split())
     assert "not all modules of this slider have one there" in (tmp_path / "out" / "README.md").read_text()
 
@@ -196,3 +198,13 @@ def test_how_diffusers_loads_is_asked_of_its_classes(tiny_folders: Callable[[str
     family = Plugins.discover().load("pixart")
     loaded = family.load_components(LoadRequest(model=str(tiny_folders("pixart")), dtype=torch.float32))
     assert _loader(loaded.pipeline, loaded.denoiser) == "none"
+
+
+def test_the_card_s_code_draws_videos(trained: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers writes mp4 with OpenCV or imageio, which are not needed here: what it would write is looked at."""
+    written: dict[str, Any] = {}
+    monkeypatch.setattr("diffusers.utils.export_to_video", lambda frames, path: written.update({path: frames}))
+    exec(program(trained("wan", validation_num_video_frames=5, validation_disable=True)), {})
+    assert list(written) == ["strength-0.5.mp4", "strength+0.mp4", "strength+0.5.mp4"]
+    low, base, high = (torch.stack([torch.as_tensor(frame) for frame in frames]) for frames in written.values())
+    assert base.shape[0] == 5 and not torch.equal(low, base) and not torch.equal(high, base)

@@ -43,7 +43,7 @@ def _facts(config: RunConfig, trainer: Trainer, checked: Preflight, exported: Pa
     _, header = read_tensors(exported)
     pipeline, denoiser = components.pipeline, components.denoiser
     second = exported.with_stem(exported.stem + COMFYUI_SUFFIX)
-    makes = _makes(config, family)
+    makes = _makes(family)
     is_hub_id = _is_hub_id(family, checked.model)
     return CardFacts(
         header=header,
@@ -84,10 +84,9 @@ def _loader(pipeline: Any, denoiser: Any) -> str:
     return "denoiser" if hasattr(denoiser, "load_lora_adapter") else "none"
 
 
-def _makes(config: RunConfig, family: LoadedFamily) -> str:
-    if "audio" in family.facts.modalities:
-        return "audio"
-    return "video" if "video" in family.facts.modalities and num_frames(config) > 1 else family.facts.modalities[0]
+def _makes(family: LoadedFamily) -> str:
+    """Pipelines of videos give frames, also of a single image."""
+    return next((kind for kind in ("audio", "video") if kind in family.facts.modalities), "image")
 
 
 def _call(config: RunConfig, family: LoadedFamily, pipeline: Any, checked: Preflight) -> dict[str, Any]:
