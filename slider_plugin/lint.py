@@ -9,11 +9,11 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
-from slider_hooks import PROJECT, Diffusion, Family, Flow, Option, Targets, specs
+from slider_hooks import PROJECT, Diffusion, Family, Flow, Layout, Option, Targets, specs
 
 IMPL, SPEC = f"{PROJECT}_impl", f"{PROJECT}_spec"  # the attributes in which pluggy's markers leave their options
 EVERY_HOOK = (*specs.HOOKS, *specs.OBSERVERS)
@@ -113,11 +113,14 @@ def lint_family(family: object, name: str | None = None) -> list[str]:
     if not isinstance(family, Family):
         kind = type(family)
         return [f"FAMILY is a {kind.__module__}.{kind.__qualname__}, not a slider_hooks.Family"]
-    return [
-        f"FAMILY.{finding}"
-        for part in (_lint_names(family, name), _lint_noise(family), _lint_targets(family.targets), _lint_options(family))
-        for finding in part
-    ]
+    parts = (
+        _lint_names(family, name),
+        _lint_noise(family),
+        _lint_targets(family.targets),
+        _lint_options(family),
+        _lint_layouts(family),
+    )
+    return [f"FAMILY.{finding}" for part in parts for finding in part]
 
 
 def _lint_names(family: Family, entry_point: str | None) -> Iterator[str]:
@@ -162,6 +165,24 @@ def _lint_targets(targets: Targets) -> Iterator[str]:
             re.compile(getattr(targets, item.name))
         except (re.error, TypeError) as error:
             yield f"targets.{item.name} is not a regular expression: {error}"
+
+
+def _lint_layouts(family: Family) -> Iterator[str]:
+    if not isinstance(family.layouts, Mapping):
+        yield f"layouts is a {type(family.layouts).__name__}, not a mapping of names to slider_hooks.Layout"
+        return
+    for name, layout in family.layouts.items():
+        if name not in ("kohya", "comfyui"):
+            yield f"layouts has the name {name!r}; `slider export --to` knows kohya and comfyui"
+        if not isinstance(layout, Layout):
+            yield f"layouts[{name!r}] is a {type(layout).__name__}, not a slider_hooks.Layout"
+            continue
+        try:
+            for expression, replacement in layout.names:
+                re.sub(expression, replacement, "")  # which looks at the replacement's groups as well
+            re.compile(layout.left_out)
+        except (re.error, IndexError, TypeError, ValueError) as error:
+            yield f"layouts[{name!r}] has names or left_out that are no expressions: {error}"
 
 
 def _lint_options(family: Family) -> Iterator[str]:

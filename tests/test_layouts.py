@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from slider_plugin.export import ExportError, export_diffusers, slider_metadata
 from slider_plugin.export.command import comfyui_file, export_file
 from slider_plugin.export.layouts import from_layout, layout_of, needs_own_file, stems, to_layout
 from slider_plugin.export.metadata import flipped, for_programs
+from slider_plugin.lint import lint_family
 from slider_plugin.lycoris_config import LycorisConfig
 from slider_plugin.pipelines import layers_of, load_file
 from slider_plugin.registry import Plugins
@@ -427,3 +430,24 @@ def test_the_maps_are_pure() -> None:
     before = {twin: tensor.clone() for twin, tensor in state["conv_in"].items()}
     to_layout(state, layout)
     assert all(before[twin].equal(state["conv_in"][twin]) for twin in before)
+
+
+@pytest.mark.parametrize(
+    ("layouts", "said"),
+    [
+        ({"forge": Layout(prefix="x.")}, "layouts has the name 'forge'"),
+        ({"kohya": "lora_unet_"}, r"layouts\['kohya'\] is a str, not a slider_hooks.Layout"),
+        ({"kohya": Layout(prefix="x.", names=(("(", "a"),))}, "are no expressions"),
+        ({"kohya": Layout(prefix="x.", names=(("a", r"\2"),))}, "are no expressions: invalid group reference"),
+        ({"kohya": Layout(prefix="x.", left_out="[")}, "are no expressions"),
+        ([], "layouts is a list, not a mapping"),
+    ],
+)
+def test_a_family_s_wrong_layouts_are_named(layouts: Any, said: str) -> None:
+    (finding,) = lint_family(replace(Plugins.discover().facts("flux2"), layouts=layouts))
+    assert re.search(said, finding)
+
+
+def test_every_declared_layout_passes_the_lint() -> None:
+    plugins = Plugins.discover()
+    assert not [finding for name in plugins.families() for finding in lint_family(plugins.facts(name))]
