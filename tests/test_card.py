@@ -15,6 +15,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from slider_hooks import LoadRequest
 from slider_plugin.card import MARK, CardFacts, card, code, escaped
@@ -159,6 +160,17 @@ def test_the_card_says_what_holds(changes: dict[str, Any], said: str) -> None:
     assert said in text
     if "```python" in text:
         compile(program(text), "card", "exec")
+
+
+def test_the_card_names_what_must_be_loaded_as_well(trained: Callable[..., str], tmp_path: Path) -> None:
+    style = tmp_path / "private" / "style.safetensors"
+    style.parent.mkdir()
+    state = {
+        f"unet.conv_in.lora_{part}.weight": torch.zeros(size) for part, size in (("A", (2, 4, 3, 3)), ("B", (16, 2, 1, 1)))
+    }
+    save_file(state, style)
+    text = trained(base_loras=[{"path": str(style), "weight": 0.8}], validation_disable=True)
+    assert "| base LoRA, to be loaded as well | style at 0.8 |" in text and "private" not in text
 
 
 def test_somebody_s_own_readme_stays(project: Project, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

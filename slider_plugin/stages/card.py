@@ -114,6 +114,7 @@ def _pictures(folder: Path, images: Path | None) -> list[str]:
 
 def _training(config: RunConfig, checked: Preflight, header: dict[str, str]) -> list[tuple[str, str]]:
     rows = [(f"bucket {b.name}", f"{len(b.items)} files at strength {b.strength or 0.0:+g}") for b in checked.buckets]
+    rows += [("base LoRA, to be loaded as well", f"{lora.path.stem} at {lora.weight:g}") for lora in config.base_loras]
     told = {
         "objective": "slider.objective",
         "steps": "slider.steps",
