@@ -166,7 +166,7 @@ def test_the_card_names_what_must_be_loaded_as_well(trained: Callable[..., str],
     style = tmp_path / "private" / "style.safetensors"
     style.parent.mkdir()
     state = {
-        f"unet.conv_in.lora_{part}.weight": torch.zeros(size) for part, size in (("A", (2, 4, 3, 3)), ("B", (16, 2, 1, 1)))
+        f"unet.conv_in.lora_{part}.weight": torch.zeros(size) for part, size in (("A", (2, 4, 3, 3)), ("B", (32, 2, 1, 1)))
     }
     save_file(state, style)
     text = trained(base_loras=[{"path": str(style), "weight": 0.8}], validation_disable=True)
