@@ -112,7 +112,7 @@ def told(site: Site, project: Callable[..., Path], tmp_path: Path, monkeypatch: 
         monkeypatch.setenv("SLIDER_PLUGIN_ALLOW", ",".join(p.name.split("-")[0] for p in site.folder.glob("*.dist-info")))
         importlib.invalidate_caches()
         settings = {
-            "model_family": "told", "max_train_steps": STEPS, "validation_prompt": "a red circle",
+            "model_family": "told", "max_train_steps": STEPS, "signs_in_one_forward": "no", "validation_prompt": "a red circle",
             "validation_num_inference_steps": 1, "validation_strengths": [], "validation_adapter_strength": 0.7,
         }  # fmt: skip
         path = project("sd1", neutral=True, **settings | keys)
