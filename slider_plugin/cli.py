@@ -197,6 +197,20 @@ def export(
     console.out.print(str(report.path), markup=False)
 
 
+@app.command()
+def ui(
+    workspace: Annotated[Path, typer.Option(help="Folder that the page may read and write")] = Path(),
+    port: Annotated[int, typer.Option(help="Port; 0 takes any that is free", min=0, max=65535)] = 7860,
+    host: Annotated[str, typer.Option(help="Address; one that others can reach needs the token that is printed")] = "127.0.0.1",
+    read: Annotated[list[Path] | None, typer.Option(help="Folder elsewhere that may be read, for models")] = None,
+    browser: Annotated[bool, typer.Option("--open", help="Open the page in the browser")] = False,
+) -> None:
+    """Set up, watch and try sliders in the browser."""
+    from slider_plugin.ui.serve import serve
+
+    serve(workspace, host, port, tuple(read or ()), browser)
+
+
 @plugins_app.command("list")
 def plugins_list(
     as_json: Annotated[bool, typer.Option("--json", help="An array of objects")] = False,

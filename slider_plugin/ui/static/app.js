@@ -1,0 +1,82 @@
+"use strict";
+// The form: folders are picked in a dialog, problems are told at their fields, and fields that do not apply are put away.
+(() => {
+  const one = (selector, root = document) => root.querySelector(selector);
+  const all = (selector, root = document) => [...root.querySelectorAll(selector)];
+
+  // --- the picker
+  let target = null;
+  const openPicker = (button) => {
+    const dialog = one("#picker");
+    target = button.dataset.target;
+    const input = document.getElementById(target);
+    const query = new URLSearchParams({ path: input.value || ".", want: button.dataset.want, target });
+    htmx.ajax("GET", `/browse?${query}`, { target: "#picker", swap: "innerHTML" }).then(() => { if (!dialog.open) dialog.showModal(); });
+  };
+  const pick = (path) => {
+    const input = document.getElementById(target);
+    one("#picker").close();
+    if (!input) return;
+    input.value = path;
+    input.dispatchEvent(new Event("change", { bubbles: true }));
+    input.focus();
+  };
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest("[data-pick], [data-picked], [data-close], [data-fill]");
+    if (!button) return;
+    if ("pick" in button.dataset) openPicker(button);
+    else if ("picked" in button.dataset) pick(button.dataset.picked);
+    else if ("close" in button.dataset) one(button.dataset.close)?.close?.();
+  });
+
+  // --- problems at their fields
+  const showProblems = () => {
+    all(".wrong[data-of]").forEach((line) => line.remove());
+    all("[aria-invalid]").forEach((field) => { field.removeAttribute("aria-invalid"); field.removeAttribute("aria-describedby"); });
+    all("#saved [data-place]").forEach((problem) => {
+      const field = document.getElementById(problem.dataset.place);
+      if (!field) return;
+      const line = document.createElement("p");
+      line.className = "wrong";
+      line.dataset.of = field.id;
+      line.id = `${field.id}-wrong`;
+      line.textContent = problem.dataset.line;
+      field.setAttribute("aria-invalid", "true");
+      field.setAttribute("aria-describedby", line.id);
+      field.closest(".field, .prompt, .bucket")?.append(line);
+    });
+  };
+  const applies = () => {
+    const lycoris = one("[name='k.lora_type']")?.value === "lycoris";
+    all("[data-for]").forEach((part) => { part.hidden = (part.dataset.for === "lycoris") !== lycoris; });
+    all(".bucket").forEach((bucket) => {
+      const side = one("input[type=radio]:checked", bucket)?.value ?? "neutral";
+      bucket.classList.remove("more", "less", "neutral");
+      bucket.classList.add(side);
+    });
+  };
+  document.addEventListener("htmx:afterSettle", () => { showProblems(); applies(); });
+  document.addEventListener("change", applies);
+  applies();
+
+  // --- logs stay at their end, unless somebody reads
+  document.addEventListener("htmx:beforeSwap", (event) => {
+    const log = one("pre.log", event.detail.target);
+    if (log) event.detail.target.dataset.end = log.scrollHeight - log.scrollTop - log.clientHeight < 24 ? "yes" : "no";
+    all("details[id]", event.detail.target).forEach((part) => { opened[part.id] = part.open; });
+  });
+  const opened = {};
+  document.addEventListener("htmx:afterSwap", (event) => {
+    all("details[id]").forEach((part) => { if (part.id in opened) part.open = opened[part.id]; });
+    const log = one("pre.log", event.detail.target);
+    if (log && event.detail.target.dataset.end !== "no") log.scrollTop = log.scrollHeight;
+  });
+  all("pre.log").forEach((log) => { log.scrollTop = log.scrollHeight; });
+
+  // --- a session that has ended, or a server that is away
+  document.addEventListener("htmx:sendError", () => { one("#away").hidden = false; });
+  document.addEventListener("htmx:afterRequest", (event) => { if (event.detail.successful) one("#away").hidden = true; });
+  document.addEventListener("htmx:beforeSwap", (event) => {
+    if (event.detail.xhr.status >= 400 && event.detail.xhr.getResponseHeader("HX-Retarget")) event.detail.shouldSwap = true;
+  });
+})();
