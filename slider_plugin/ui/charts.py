@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-WIDTH, HEIGHT = 640, 220
+WIDTH, HEIGHT = 900, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 12, 26
 MOST_POINTS = 320
 Points = Sequence[tuple[float, float]]

@@ -30,6 +30,9 @@ NEW_ROWS: Mapping[str, dict[str, Any]] = {
     "base_loras": {"path": "", "weight": 1.0},
 }
 MOST_ROWS = 200
+USUAL_STRENGTH = 0.5
+"""Of a bucket that shows more or less, where no amount is written."""
+
 HUB_KEYS = ("pretrained_model_name_or_path", "controlnet_model_name_or_path")
 KEEP = ("model_family", "learning_rate")
 """Keys that stay in the file also at their default: that of the rate depends on the optimizer."""
@@ -184,13 +187,14 @@ def _number(text: str, whole: bool = False) -> Any:
 
 
 def _strength(direction: str, amount: str) -> Any:
-    """`more` 0.5 is 0.5, `less` 0.5 is -0.5; neutral is 0, or not given."""
+    """`more` 0.5 is 0.5, `less` 0.5 is -0.5; neutral is 0, or not given if nothing is written."""
     number = _number(amount) if amount.strip() else None
     if direction == "neutral":
-        return 0.0 if number == 0 else None
-    if not isinstance(number, (int, float)):
-        return amount or "?"
-    return -abs(number) if direction == "less" else abs(number)
+        return None if number is None else 0.0
+    if not isinstance(number, (int, float)) and number is not None:
+        return number
+    size = abs(number or USUAL_STRENGTH)
+    return -size if direction == "less" else size
 
 
 # --- To the form ------------------------------------------------------------------------------------------------------

@@ -183,7 +183,8 @@ def option_widget(option: Option, values: Mapping[str, Any]) -> Widget:
 
 def sections(values: Mapping[str, Any]) -> dict[str, tuple[list[Widget], list[Widget]]]:
     """(shown at once, advanced) of each section."""
-    section, found = "", {name: ([], []) for name in ORDER}  # type: dict[str, tuple[list[Widget], list[Widget]]]
+    section = ""
+    found: dict[str, tuple[list[Widget], list[Widget]]] = {name: ([], []) for name in ORDER}
     of_key: dict[str, str] = {}
     for key in RunConfig.model_fields:
         section = SECTIONS.get(key, section)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Form, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
+from slider_plugin.config import RunConfig
 from slider_plugin.errors import UserError
 from slider_plugin.ui import forms, runs, schema
 from slider_plugin.ui.checks import Finding
@@ -150,7 +151,7 @@ def _normal(desk: Desk, run: runs.Run) -> tuple[dict[str, Any], str]:
         written = run.written()
     except UserError as error:
         return {}, str(error)
-    known = {*schema.RunConfig.model_fields, *(option.name for option in desk.options(written.get("model_family")))}
+    known = {*RunConfig.model_fields, *(option.name for option in desk.options(written.get("model_family")))}
     if any(written.get(key) for key in SOURCES) or set(written) - known:
         config, _ = run.read(desk.plugins.facts)
         if config is not None:
@@ -215,7 +216,7 @@ def place(line: str, written: dict[str, Any]) -> str:
     if match := re.match(r"base_loras, entry (\d+): (\w+): ", rest):
         return f"f-l-{int(match[1]) - 1}-{match[2]}"
     if match := re.match(r"(\w+): ", rest):
-        return f"f-k-{match[1]}" if match[1] in schema.RunConfig.model_fields else f"f-o-{match[1]}"
+        return f"f-k-{match[1]}" if match[1] in RunConfig.model_fields else f"f-o-{match[1]}"
     return ""
 
 

@@ -20,7 +20,13 @@ def page(desk: Desk, run: runs.Run, live: dict[str, Any], strips: dict[str, Any]
     """The page as text: the slider to move, the curves, the strips, and the configuration."""
     room = _Room()
     rows = [
-        {"prompt": row.prompt, "seed": row.seed, "beside": row.beside, "strengths": [p.scale for p, _ in kept], "images": [uri for _, uri in kept]}
+        {
+            "prompt": row.prompt,
+            "seed": row.seed,
+            "beside": row.beside,
+            "strengths": [p.scale for p, _ in kept],
+            "images": [uri for _, uri in kept],
+        }
         for row in pictures.rows(run.output)
         if (kept := [(picture, uri) for picture in row.pictures if (uri := room.uri(picture.path))])
     ]

@@ -76,7 +76,7 @@ def stage(desk: Desk, run: runs.Run) -> dict[str, Any]:
     """What can be moved, what is being drawn, and what can be exported."""
     found = pictures.rows(run.output)
     finished = run.slider is not None
-    latest = {kind: (desk.jobs.of(run.name, kind) or [None])[-1] for kind in (RENDER, EXPORT)}
+    latest = {kind: max(desk.jobs.of(run.name, kind), key=lambda job: job.number, default=None) for kind in (RENDER, EXPORT)}
     return {
         "run": run,
         "status": run.status(desk.jobs),
@@ -137,9 +137,7 @@ def _render(desk: Desk, run: runs.Run, form: dict[str, str]) -> Job:
     }
     arguments = ["validate", "{job}/config.json", "--adapter", str(run.slider)]
     output = run.output / pictures.TRIES / f"{time.time_ns():020d}-{secrets.token_hex(4)}"
-    job = desk.jobs.add(
-        run.name, RENDER, [*arguments, "--output", str(output)], {"config.json": to_json(config) | changed}
-    )
+    job = desk.jobs.add(run.name, RENDER, [*arguments, "--output", str(output)], {"config.json": to_json(config) | changed})
     if beside:
         names = [f"{Path(one['path']).parents[1].name} {strength_text(one['weight'])}" for one in beside]
         write_json(output / pictures.BESIDE, names)

@@ -85,7 +85,7 @@ def seen_strips(run: runs.Run) -> dict[str, Any]:
 
 def losses_chart(losses: dict[str, list[tuple[float, float]]]) -> Any:
     """Loss per sign, smoothed, over steps."""
-    order = [sign for sign in ("positive", "negative", "neutral") if sign in losses]
+    order: list[str] = [sign for sign in ("positive", "negative", "neutral") if sign in losses]
     order += [sign for sign in losses if sign not in order]
     styles = {"positive": "positive", "negative": "negative", "neutral": "neutral"}
     names = {"positive": "more (+)", "negative": "less (−)", "neutral": "neutral"}

@@ -59,13 +59,39 @@
   document.addEventListener("change", applies);
   applies();
 
+  // --- a plan is that of what stands in the form, or it is marked as old and nothing can be started from it
+  let edits = 0, posted = 0, answered = 0;
+  const mark = () => {
+    const plan = one("#plan"), stale = edits > answered;
+    if (!plan) return;
+    plan.toggleAttribute("data-stale", stale);
+    plan.setAttribute("aria-busy", String(stale));
+    const start = one("#start", plan);
+    if (start && stale) start.disabled = true;
+  };
+  ["input", "change"].forEach((kind) => document.addEventListener(kind, (event) => {
+    if (event.target.closest("#form-itself")) { edits += 1; mark(); }
+  }, true)); // before htmx hears of it and posts
+  document.addEventListener("htmx:beforeRequest", (event) => {
+    const verb = event.detail.requestConfig.verb, path = event.detail.requestConfig.path;
+    if (verb === "post" && path.endsWith("/setup")) { edits += 1; posted = edits; mark(); }
+    if (verb === "get" && path.endsWith("/plan")) event.detail.xhr.editsSeen = posted;
+  });
+  document.addEventListener("htmx:afterSwap", (event) => {
+    if (event.detail.xhr?.editsSeen !== undefined) answered = event.detail.xhr.editsSeen;
+    mark();
+  });
+
   // --- logs stay at their end, unless somebody reads
   document.addEventListener("htmx:beforeSwap", (event) => {
     const log = one("pre.log", event.detail.target);
     if (log) event.detail.target.dataset.end = log.scrollHeight - log.scrollTop - log.clientHeight < 24 ? "yes" : "no";
-    all("details[id]", event.detail.target).forEach((part) => { opened[part.id] = part.open; });
   });
-  const opened = {};
+  const opened = {}; // what somebody opened or closed stays so when its part of the page comes anew
+  document.addEventListener("click", (event) => {
+    const part = event.target.closest("summary")?.parentElement;
+    if (part?.id) opened[part.id] = !part.open;
+  });
   document.addEventListener("htmx:afterSwap", (event) => {
     all("details[id]").forEach((part) => { if (part.id in opened) part.open = opened[part.id]; });
     const log = one("pre.log", event.detail.target);
