@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import HTMLResponse, Response
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
 
 from slider_hooks import Family, Option
 from slider_plugin.errors import UserError
@@ -58,13 +60,19 @@ class Desk:
 
     def changed(self, request: Request, template: str, **values: Any) -> Response:
         """A part that is asked for again and again: 204, which leaves the page alone, unless it has changed."""
-        import hashlib
-
-        text = self.environment.get_template(template).render(values | {"seen": "SEEN"})
-        seen = hashlib.sha256(text.encode()).hexdigest()[:16]
+        text, seen = self._part(template, values)
         if request.query_params.get("seen") == seen:
             return Response(status_code=204)
         return HTMLResponse(text.replace("SEEN", seen), headers={"Cache-Control": "no-store"})
+
+    def parts(self, templates: Iterable[str], values: Mapping[str, Any]) -> dict[str, Markup]:
+        """Such parts as they stand on a page from the beginning, by template."""
+        return {name: Markup(text.replace("SEEN", seen)) for name in templates for text, seen in [self._part(name, values)]}
+
+    def _part(self, template: str, values: Mapping[str, Any]) -> tuple[str, str]:
+        """A part, with SEEN where its digest goes, and the digest."""
+        text = self.environment.get_template(template).render({**values, "seen": "SEEN"})
+        return text, hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def run(self, name: str) -> runs.Run:
         """The run of that name. Raises NotThereError."""

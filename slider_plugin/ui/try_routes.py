@@ -31,7 +31,8 @@ def routes(desk: Desk) -> APIRouter:
 
     @router.get("/runs/{name}/try")
     def try_page(name: str) -> HTMLResponse:
-        return desk.page("try.html", **stage(desk, desk.run(name)), seen="")
+        values = stage(desk, desk.run(name))
+        return desk.page("try.html", **values, parts=desk.parts(("_stage.html", "_jobs.html"), values))
 
     @router.get("/runs/{name}/stage")
     def stage_part(name: str, request: Request) -> Response:

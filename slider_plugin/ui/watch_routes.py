@@ -23,7 +23,8 @@ def routes(desk: Desk) -> APIRouter:
     @router.get("/runs/{name}/watch")
     def watch(name: str) -> HTMLResponse:
         run = desk.run(name)
-        return desk.page("watch.html", **live(desk, run), **seen_strips(run), seen="")
+        values = live(desk, run) | seen_strips(run)
+        return desk.page("watch.html", **values, parts=desk.parts(("_live.html", "_strips.html"), values))
 
     @router.get("/runs/{name}/live")
     def live_part(name: str, request: Request) -> Response:

@@ -18,7 +18,7 @@
     one("#picker").close();
     if (!input) return;
     input.value = path;
-    input.dispatchEvent(new Event("change", { bubbles: true }));
+    ["input", "change"].forEach((kind) => input.dispatchEvent(new Event(kind, { bubbles: true })));
     input.focus();
   };
   document.addEventListener("click", (event) => {
@@ -69,9 +69,9 @@
     const start = one("#start", plan);
     if (start && stale) start.disabled = true;
   };
-  ["input", "change"].forEach((kind) => document.addEventListener(kind, (event) => {
+  document.addEventListener("input", (event) => { // not `change`, which a field says once more when it is left
     if (event.target.closest("#form-itself")) { edits += 1; mark(); }
-  }, true)); // before htmx hears of it and posts
+  }, true); // before htmx hears of it and posts
   document.addEventListener("htmx:beforeRequest", (event) => {
     const verb = event.detail.requestConfig.verb, path = event.detail.requestConfig.path;
     if (verb === "post" && path.endsWith("/setup")) { edits += 1; posted = edits; mark(); }

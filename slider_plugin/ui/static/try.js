@@ -8,11 +8,13 @@
     if (!rows.length) return;
     const part = (name) => root.querySelector(`[data-part=${name}]`);
     const range = part("range"), picture = part("picture"), base = part("base"), wipe = part("wipe"), view = part("view");
-    let row = rows[0], shown = 0;
+    let row = rows[0], shown = 0, wanted = Number(read(`strength-${root.dataset.run}`) ?? 0);
 
     const nearest = (value) => row.strengths.reduce((best, s, i) => (Math.abs(s - value) < Math.abs(row.strengths[best] - value) ? i : best), 0);
     const draw = () => {
       const strength = row.strengths[shown];
+      wanted = strength;
+      keep(`strength-${root.dataset.run}`, strength);
       picture.src = row.images[shown];
       picture.alt = `${row.prompt}, strength ${words(strength)}, seed ${row.seed}`;
       part("value").textContent = words(strength);
@@ -32,12 +34,11 @@
       if (on) base.src = row.images[zero];
     };
     const choose = (index) => {
-      const before = row.strengths[shown];
       row = rows[index];
       row.images.forEach((source) => { new Image().src = source; });
       range.min = Math.min(...row.strengths);
       range.max = Math.max(...row.strengths);
-      shown = nearest(before ?? 0);
+      shown = nearest(wanted);
       range.value = row.strengths[shown];
       part("low").textContent = words(+range.min);
       part("high").textContent = words(+range.max);
@@ -72,13 +73,14 @@
     });
     const rowChoice = part("row");
     rowChoice.addEventListener("change", () => choose(+rowChoice.value));
-    const kept = Number(sessionStorageGet(root.dataset.run));
-    rowChoice.value = kept >= 0 && kept < rows.length ? kept : rowChoice.value;
-    rowChoice.addEventListener("change", () => sessionStorageSet(root.dataset.run, rowChoice.value));
+    const kept = Number(read(`row-${root.dataset.run}`) ?? 0);
+    rowChoice.value = kept >= 0 && kept < rows.length ? kept : 0;
+    rowChoice.addEventListener("change", () => keep(`row-${root.dataset.run}`, rowChoice.value));
     choose(+rowChoice.value);
   };
-  const sessionStorageGet = (key) => { try { return sessionStorage.getItem(`row-${key}`) ?? "0"; } catch { return "0"; } };
-  const sessionStorageSet = (key, value) => { try { sessionStorage.setItem(`row-${key}`, value); } catch { /* a file has no store */ } };
+  // What is chosen stays so when the part comes anew; a page that is a file may have no store.
+  const read = (key) => { try { return sessionStorage.getItem(key); } catch { return null; } };
+  const keep = (key, value) => { try { sessionStorage.setItem(key, value); } catch { /* nothing is kept */ } };
   const begin = () => document.querySelectorAll("[data-stage]:not([data-begun])").forEach((root) => { root.dataset.begun = "yes"; start(root); });
   document.addEventListener("DOMContentLoaded", begin);
   document.addEventListener("htmx:afterSettle", begin);
