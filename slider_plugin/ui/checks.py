@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,14 +50,14 @@ class Checker:
         self._child: subprocess.Popen[str] | None = None
         self._asked = time.monotonic()
 
-    def ask(self, config: Path) -> Finding:
-        """`slider doctor config`."""
+    def ask(self, *arguments: str) -> Finding:
+        """`slider doctor` with these arguments."""
         with self._lock:
             self._asked = time.monotonic()
             for _ in range(2):  # one that was ended from outside is started again
                 child = self._started()
                 try:
-                    return finding(**json.loads(_exchange(child, str(config))))
+                    return finding(**json.loads(_exchange(child, arguments)))
                 except (OSError, ValueError):
                     self._end()
             return Finding(1, "", (), ("the check ended before it could answer; `slider doctor` on the command line says why",))
@@ -105,9 +105,9 @@ def problems_in(err: str) -> list[str]:
     return listed or (lines if found else [err.strip()])
 
 
-def _exchange(child: subprocess.Popen[str], line: str) -> str:
+def _exchange(child: subprocess.Popen[str], arguments: Sequence[str]) -> str:
     assert child.stdin and child.stdout
-    child.stdin.write(json.dumps(line) + "\n")
+    child.stdin.write(json.dumps(arguments) + "\n")
     child.stdin.flush()
     return child.stdout.readline()
 
@@ -116,13 +116,13 @@ def _exchange(child: subprocess.Popen[str], line: str) -> str:
 
 
 def answer() -> None:
-    """Read a configuration's path from each line of standard input, and answer each with a line of JSON."""
+    """Read the arguments of one command from each line of standard input, and answer each with a line of JSON."""
     from slider_plugin.cli import execute
 
     answers = sys.stdout
     for line in sys.stdin:
         with _captured() as (out, err):
-            code = execute(["doctor", json.loads(line)])
+            code = execute(["doctor", *json.loads(line)])
         answers.write(json.dumps({"code": code, "out": out.getvalue(), "err": err.getvalue()}) + "\n")
         answers.flush()
 

@@ -210,7 +210,7 @@ def written_text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         numbers = all(isinstance(part, (int, float)) and not isinstance(part, bool) for part in value)
         return ", ".join(f"{part:.12g}" for part in value) if numbers else json.dumps(list(value), ensure_ascii=False)
-    return repr(value) if isinstance(value, float) and value != int(value) else str(value)
+    return f"{value:.17g}" if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else str(value)
 
 
 def _words(annotation: Any) -> Iterable[str]:

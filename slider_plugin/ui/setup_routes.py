@@ -227,10 +227,7 @@ def _plan(desk: Desk, run: runs.Run) -> HTMLResponse:
     """What `slider doctor` says of the saved file, beside the form and at each bucket."""
     status = run.status(desk.jobs)
     config, problems = run.read(desk.plugins.facts)
-    found = Finding(2, "", (), tuple(problems)) if config is None else desk.checker.ask(run.file)
-    if status.state != "new" and not status.is_active:  # it is there already, which is what going on means
-        kept = tuple(line for line in found.problems if not line.startswith("output_dir: ") or "holds a run" not in line)
-        found = Finding(0 if not kept else found.code, found.plan, found.warnings, kept)
+    found = Finding(2, "", (), tuple(problems)) if config is None else desk.checker.ask(str(run.file), *going_on(run))
     written = run.written()
     names = [str(row.get("id", "")) for row in written.get("buckets", []) if isinstance(row, dict)]
     return desk.page(
@@ -254,5 +251,9 @@ def _start(desk: Desk, run: runs.Run) -> None:
     config, problems = run.read(desk.plugins.facts)
     if config is None:
         raise UserError("it cannot be trained yet: " + "; ".join(problems))
-    resume = ["--resume_from_checkpoint", "latest"] if run.has_checkpoint else []
-    desk.jobs.add(run.name, TRAIN, ["train", str(run.file), *resume])
+    desk.jobs.add(run.name, TRAIN, ["train", str(run.file), *going_on(run)])
+
+
+def going_on(run: runs.Run) -> list[str]:
+    """The flags by which a run goes on from its latest checkpoint, if it has one."""
+    return ["--resume_from_checkpoint", "latest"] if run.has_checkpoint else []
