@@ -18,8 +18,19 @@ from pydantic.fields import FieldInfo
 
 from slider_hooks import Option
 from slider_plugin.config import RunConfig
-from slider_plugin.configfile import to_json
-from slider_plugin.ui.schema import NOT_EMPTY_ABSENT, OWN_FORM, TABLES, Widget, empties, fields, kind_of_field, leaves, widget
+from slider_plugin.configfile import INHERITED, to_json
+from slider_plugin.ui.schema import (
+    AS_FOR_ALL,
+    NOT_EMPTY_ABSENT,
+    OWN_FORM,
+    TABLES,
+    Widget,
+    empties,
+    fields,
+    kind_of_field,
+    leaves,
+    widget,
+)
 from slider_plugin.ui.workspace import HUB_ID, OutsideError, Workspace
 
 PREFIXES = {"buckets": "b", "prompts": "p", "base_loras": "l"}
@@ -102,6 +113,10 @@ class _Reader:
         required = {key: "" for key, info in model.model_fields.items() if info.is_required()}
         return {key: value for key, value in (required | found).items() if key != "slider_strength" or value is not None}
 
+    def _nulls(self, prefix: str) -> list[str]:
+        """Keys of a bucket that the file says null for, rather than nothing: null is not what holds for all buckets."""
+        return self._form.get(f"{prefix}nulls", "").split()
+
     def option(self, option: Option) -> dict[str, Any]:
         text = self._form.get(f"o.{option.name}", "")
         if option.type is bool:
@@ -117,8 +132,8 @@ class _Reader:
             return {key: on} if on != info.default else {}
         text = self._form.get(name, "").replace("\r\n", "\n")
         if text == "":
-            return _nothing(key, info)
-        if (one.kind == "choice" or empties(info)) and text == str(info.default):
+            return {key: None} if key in self._nulls(prefix) else _nothing(key, info)
+        if (one.kind == "choice" or empties(info)) and text == str(info.default) and one.default != AS_FOR_ALL:
             return {}
         return {key: self._value(one, info, text)}
 
@@ -211,6 +226,7 @@ def rows(written: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
             "number": number,
             "given": row,
             "widgets": fields(TABLES[key], row, f"{PREFIXES[key]}.{number}."),
+            "nulls": " ".join(name for name, value in row.items() if value is None and name in INHERITED),
             "direction": _direction(row.get("slider_strength")),
             "amount": _amount(row.get("slider_strength")),
         }

@@ -15,6 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from slider_hooks import Option
 from slider_plugin.config import SECTIONS, BaseLoraConfig, BucketConfig, PromptConfig, RunConfig
+from slider_plugin.configfile import INHERITED
 from slider_plugin.settle import NAMES_OF_PLACES
 
 TABLES: Mapping[str, type[BaseModel]] = {"buckets": BucketConfig, "prompts": PromptConfig, "base_loras": BaseLoraConfig}
@@ -70,6 +71,9 @@ ORDER = ("model", "adapter", "data", "validation", "training", "output", "behavi
 """Sections as somebody sets up a run; `output` and `behaviour` are part of the last one."""
 
 BUCKET_BASIC = ("id", "instance_data_dir", "slider_strength")
+AS_FOR_ALL = "as for all"
+"""What stands in a bucket's field that takes what the configuration says for every bucket."""
+
 NOT_EMPTY_ABSENT = ("validation_strengths",)
 """Keys where nothing written means an empty list, and not the default."""
 
@@ -151,7 +155,8 @@ def fields(model: type[BaseModel], values: Mapping[str, Any], prefix: str) -> di
 def widget(key: str, info: FieldInfo, values: Mapping[str, Any], prefix: str) -> Widget:
     """The widget of one key, with what is written for it."""
     kind, default = kind_of_field(info), None if info.default is PydanticUndefined else info.default
-    stands = kind in ("switch", "choice") or key in NOT_EMPTY_ABSENT or empties(info)
+    inherits = prefix.startswith("b.") and key in INHERITED
+    stands = (kind in ("switch", "choice") and not inherits) or key in NOT_EMPTY_ABSENT or empties(info)
     given = values.get(key, default if stands else None)
     place = kind == "path" or key in NAMES_OF_PLACES or key == "controlnet_model_name_or_path"
     folder = "dir" in key or key in ("pretrained_model_name_or_path", "controlnet_model_name_or_path", "assistant_lora_path")
@@ -162,8 +167,8 @@ def widget(key: str, info: FieldInfo, values: Mapping[str, Any], prefix: str) ->
         help=info.description or "",
         kind="path" if place else kind,
         text=written_text(given),
-        default=written_text(default),
-        choices=tuple(leaf for leaf in _words(info.annotation)),
+        default=AS_FOR_ALL if inherits else written_text(default),
+        choices=(*([""] if inherits and kind == "choice" else []), *_words(info.annotation)),
         nullable=type(None) in leaves(info.annotation),
         wants=("folder" if folder else "file") if place and key != "resume_from_checkpoint" else "",
     )

@@ -68,6 +68,7 @@ class Workspace:
         """
         try:
             place = (self.root / text).resolve()
+            place.exists()  # which a name that is too long fails at, and resolving it does not
         except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a name too long, a circle of links
             raise OutsideError(f"{_short(text)!r} is no path: {error}") from error
         roots = (self.root,) if writing else (self.root, *self.readable)

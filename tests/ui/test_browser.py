@@ -30,7 +30,9 @@ def page() -> Iterator[Any]:
         found.set_default_timeout(WAIT)
         wrong: list[str] = []
         found.on("pageerror", lambda error: wrong.append(str(error)))
-        found.on("console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text and not SHOTS else None)
+        found.on(
+            "console", lambda said: wrong.append(said.text) if "Content Security Policy" in said.text and not SHOTS else None
+        )
         yield found
         browser.close()
         assert not wrong
@@ -90,7 +92,13 @@ def set_up(page: Any) -> None:
     switch.uncheck()
     settled(page)
     switch.check()
-    fields = {"lora_rank": "4", "resolution": "64", "max_train_steps": "4000", "learning_rate": "0.002", "train_batch_size": "4"}
+    fields = {
+        "lora_rank": "4",
+        "resolution": "64",
+        "max_train_steps": "4000",
+        "learning_rate": "0.002",
+        "train_batch_size": "4",
+    }
     fields |= {"checkpoint_step_interval": "50", "validation_step_interval": "20", "validation_num_inference_steps": "4"}
     for key, value in (fields | {"validation_strengths": "-1, 0, 1"}).items():
         page.locator(f"#f-k-{key}").fill(value)
