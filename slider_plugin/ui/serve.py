@@ -58,6 +58,7 @@ def listen(host: str, port: int) -> socket.socket:
         made = socket.socket(family, socket.SOCK_STREAM)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((host, port))
+        made.listen(128)  # whoever opens the printed address at once is kept waiting, and not refused
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot listen at {host}:{port}: {error}; give another --port or --host") from error
     return made

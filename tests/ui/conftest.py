@@ -21,6 +21,12 @@ ORIGIN = {"Origin": "http://127.0.0.1"}
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def _same_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes that the page starts run the code that is tested."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "hooks"), os.environ.get("PYTHONPATH", "")]))
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """A workspace: `data/more`, `data/less` and `data/plain` with images of the size concept."""
@@ -69,12 +75,11 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        paths = os.pathsep.join([str(ROOT), str(ROOT / "hooks"), os.environ.get("PYTHONPATH", "")])
         began = time.perf_counter()
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "slider_plugin", "ui", "--workspace", str(self._place), "--port", "0"],
-                stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"},
+                stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
             )  # fmt: skip
         assert self.process.stdout
         line = self.process.stdout.readline()
