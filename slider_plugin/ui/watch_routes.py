@@ -113,8 +113,11 @@ def response_chart(card: dict[str, Any] | None) -> Any:
         return ""
     whole = len(low) == len(high) == len(strengths)
     band = list(zip(strengths, low, high, strict=True)) if whole else []
-    line = Line("response", "positive", list(zip(strengths, response, strict=True)), band=band)
-    return chart("Response to the strength", [line], "strength")
+    lines = [Line("response", "positive", list(zip(strengths, response, strict=True)), band=band)]
+    kept = numbers(card.get("preservation"))
+    if len(kept) == len(strengths):
+        lines.append(Line("preservation", "negative", list(zip(strengths, kept, strict=True))))
+    return chart("Response to the strength", lines, "strength")
 
 
 def numbers(values: Any) -> list[float]:
@@ -124,9 +127,8 @@ def numbers(values: Any) -> list[float]:
 
 
 def number(value: Any) -> float | None:
-    """A finite number; of a list of them the mean. None for anything else."""
+    """A finite number; of a list of them, one for each strength, the smallest. None for anything else."""
     if isinstance(value, list):
-        parts = [part for part in map(number, value) if part is not None]
-        return sum(parts) / len(parts) if parts else None
+        return min((part for part in map(number, value) if part is not None), default=None)
     finite = isinstance(value, (int, float)) and not isinstance(value, bool) and value - value == 0
     return float(value) if finite else None

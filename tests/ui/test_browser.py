@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from slider_plugin.ui.try_routes import can_export
+
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 WAIT = 60_000  # milliseconds; a process that imports torch beside others takes its time
 SHOTS = os.environ.get("SLIDER_UI_SHOTS")
@@ -163,6 +165,11 @@ def try_it(page: Any, place: Path) -> None:
     page.locator("[data-strength='-1.5']").click()
     assert "scale-1.5" in str(picture.get_attribute("src"))
     page.locator("#jobs a", has_text="slider.safetensors").wait_for()
+    if can_export():
+        page.get_by_role("button", name="diffusers").click()
+        page.locator("#jobs a", has_text="size_diffusers.safetensors").wait_for()
+    else:
+        assert not page.get_by_role("button", name="diffusers").count()
 
 
 def server_path(page: Any, path: str) -> str:
