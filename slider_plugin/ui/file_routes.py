@@ -10,7 +10,6 @@ from fastapi.responses import FileResponse, HTMLResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
-from slider_plugin.data.images import SUFFIXES, check_image
 from slider_plugin.errors import UserError
 from slider_plugin.files import replacing
 from slider_plugin.ui import pictures
@@ -42,6 +41,8 @@ def routes(desk: Desk) -> APIRouter:
         while not folder.is_dir() and folder != desk.workspace.root:
             folder = folder.parent
         entries = desk.workspace.listing(desk.workspace.inside(str(folder)))
+        from slider_plugin.data.images import SUFFIXES
+
         images = sum(not entry.is_folder and Path(entry.name).suffix.lower() in SUFFIXES for entry in entries)
         return desk.page(
             "_browse.html", folder=desk.workspace.shown(folder), entries=entries, images=images,
@@ -60,6 +61,8 @@ def routes(desk: Desk) -> APIRouter:
 
     @router.get("/thumb")
     def thumb(path: str) -> Response:
+        from slider_plugin.data.images import SUFFIXES
+
         file = _file(desk, path)
         if file.suffix.lower() not in SUFFIXES:
             raise UserError("this is no image")
@@ -110,6 +113,8 @@ def _file(desk: Desk, path: str) -> Path:
 
 def _keep(one: UploadFile, folder: Path) -> str:
     """Keep one uploaded image or caption; returns why not, if it is not kept."""
+    from slider_plugin.data.images import SUFFIXES, check_image
+
     name = Path((one.filename or "").replace("\\", "/")).name
     if not name or name.startswith(".") or Path(name).suffix.lower() not in {*SUFFIXES, ".txt"} or not name.isprintable():
         return f"{name[:80] or 'a file without a name'}: no image or caption by its name"

@@ -1,4 +1,7 @@
-"""Training images as small pictures, and the pictures that a run drew. Nothing is decoded that is larger than a run takes."""
+"""Training images as small pictures, and the pictures that a run drew. Nothing is decoded that is larger than a run takes.
+
+numpy and Pillow are imported when the first picture is asked for: the page itself is there sooner.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from slider_plugin.data.images import check_image, find_images, image_size, load_image
 from slider_plugin.errors import UserError
 
 MOST_PIXELS = 64_000_000
@@ -51,6 +51,8 @@ class Preview:
 
 def preview(folder: Path) -> Preview:
     """Count and look at the images below a folder; reads headers alone."""
+    from slider_plugin.data.images import find_images, image_size
+
     images = find_images(folder)
     sizes: dict[str, int] = {}
     broken = []
@@ -76,6 +78,10 @@ def thumbnail(path: Path) -> bytes:
 
 @lru_cache(maxsize=512)
 def _thumbnail(path: Path, changed: int, size: int) -> bytes:
+    from PIL import Image
+
+    from slider_plugin.data.images import check_image, load_image
+
     with _decoding:
         check_image(path, MOST_PIXELS)
         image = load_image(path, MOST_PIXELS)
