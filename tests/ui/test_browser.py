@@ -143,7 +143,7 @@ def steps(output: Path) -> int:
 def try_it(page: Any, place: Path) -> None:
     page.get_by_role("link", name="Try", exact=True).click()
     picture, dial = page.locator("[data-part=picture]"), page.locator("[data-part=range]")
-    picture.wait_for()
+    page.locator("[data-part=picture][src]").wait_for()
     seen = [picture.get_attribute("src")]
     dial.focus()
     page.keyboard.press("ArrowRight")
@@ -192,3 +192,48 @@ def keep_the_page(page: Any, place: Path) -> None:
     page.keyboard.press("ArrowRight")
     assert picture.get_attribute("src") != before
     page.context.set_offline(False)
+
+
+def test_pages_fit_a_phone_and_every_field_has_its_name(server: Any, place: Path, page: Any) -> None:
+    """No page scrolls sideways at 360 pixels, every control has an accessible name, and Tab reaches it."""
+    page.set_viewport_size({"width": 360, "height": 740})
+    page.goto(server.url)
+    page.get_by_label("Name").fill("one")
+    page.get_by_label("Model family").select_option("sd1")
+    page.get_by_role("button", name="Set it up").click()
+    page.get_by_role("button", name="Add a prompt").click()
+    page.get_by_label("Prompt 1", exact=True).wait_for()
+    for part in page.locator("details:not(.bucket details)").all():
+        if part.get_attribute("open") is None:
+            part.locator("summary").first.click()
+    for path in ("/runs/one/setup", "/runs/one/watch", "/runs/one/try", "/"):
+        if not page.url.endswith(path):
+            page.goto(server_path(page, path))
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360, path
+        nameless = page.evaluate(
+            """[...document.querySelectorAll("input:not([type=hidden]), select, textarea, button, a")].filter((one) =>
+            !(one.labels?.length || one.getAttribute("aria-label") || one.textContent.trim())).map((one) => one.outerHTML)"""
+        )
+        assert not nameless, path
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the page"
+
+
+def test_a_plan_is_never_that_of_an_earlier_form(server: Any, place: Path, page: Any) -> None:
+    """Between a key that is pressed and the answer to it nothing can be started."""
+    page.goto(server.url)
+    page.get_by_label("Name").fill("one")
+    page.get_by_label("Model family").select_option("sd1")
+    page.get_by_role("button", name="Set it up").click()
+    for field, value in (("k-pretrained_model_name_or_path", "model"), ("b-0-instance_data_dir", "data/more"),
+                         ("b-1-instance_data_dir", "data/less"), ("k-resolution", "64")):  # fmt: skip
+        page.locator(f"#f-{field}").fill(value)
+    page.wait_for_selector("#plan:not([data-stale]) #start:not([disabled])")
+    page.locator("#f-k-lora_rank").press_sequentially("0")
+    assert page.locator("#start").is_disabled()
+    page.wait_for_selector("#plan:not([data-stale]) form")
+    assert page.locator("#start").is_disabled() and page.locator("#f-k-lora_rank").get_attribute("aria-invalid") == "true"
+    page.locator("#f-k-lora_rank").fill("2")
+    page.wait_for_selector("#plan:not([data-stale]) #start:not([disabled])")
+    assert "LoRA of rank 2" in page.locator("#plan").inner_text()
+    assert page.locator("#f-k-lora_rank").get_attribute("aria-invalid") is None
