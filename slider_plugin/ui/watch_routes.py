@@ -42,10 +42,6 @@ def routes(desk: Desk) -> APIRouter:
                 desk.jobs.stop(job)
         return RedirectResponse(f"/runs/{name}/watch", 303)
 
-    @router.get("/runs/{name}/queue")
-    def queue(name: str, request: Request) -> Response:
-        return desk.changed(request, "_queue.html", run=desk.run(name), waiting=desk.jobs.active())
-
     @router.get("/runs/{name}/page.html")
     def keep(name: str) -> Response:
         run = desk.run(name)
