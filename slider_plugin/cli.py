@@ -111,6 +111,36 @@ def validate(
     console.out.print(str(folder), markup=False)
 
 
+@app.command(context_settings=ANY_KEY)
+def report(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option(help="Its configuration; config.json beside the slider by default")] = None,
+    strengths: Annotated[str | None, typer.Option(help="Such as -1,0,1; by default -2 to 2 in steps of 0.5")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Instead of the configuration's; may be given often")] = None,
+    seeds: Annotated[int, typer.Option(help="Pictures of each prompt at each strength")] = 4,
+    scorer: Annotated[str | None, typer.Option(help="Folder of a CLIP, SigLIP or DINO, or `extension`")] = None,
+    positive: Annotated[str, typer.Option(help="Words for more of the concept")] = "",
+    negative: Annotated[str, typer.Option(help="Words for less of it")] = "",
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Write a file whose strength 1 has a fixed meaning")] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder; `report` in the slider's by default")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report's JSON")] = False,
+    plugin: PluginFiles = None,
+) -> None:
+    """Measure sliders, `ADAPTER... [--key value ...]`: what strength does, in numbers, a plot and a sentence."""
+    _use_files(plugin)
+    from slider_plugin import report_cmd
+
+    adapters, flags = report_cmd.split(context.args)
+    asked = report_cmd.asked(strengths, prompt or [], seeds, scorer, positive, negative, calibrate)
+    run_config = _read([str(report_cmd.config_of(config, adapters[0])), *flags])
+    printed = report_cmd.run(run_config, adapters, output, asked)
+    if as_json:
+        sys.stdout.write(printed.json + "\n")
+    else:
+        for line in printed.lines:
+            console.out.print(line, markup=False)
+
+
 @app.command()
 def targets(
     family: Annotated[str | None, typer.Argument(help="Model family, see `slider plugins list`")] = None,

@@ -69,9 +69,7 @@ class LoadedFamily:
         self._register(plugin, FAMILY, row)  # whoever comes later is asked earlier
         for extension_row, extension in reversed(extensions):
             self._register(extension, f"extension {extension_row.key}", extension_row)
-        self._hooks: dict[str, pluggy.HookCaller] = {
-            name: getattr(self._manager.hook, name) for name in (*specs.HOOKS, *specs.OBSERVERS)
-        }
+        self._hooks: dict[str, pluggy.HookCaller] = {name: getattr(self._manager.hook, name) for name in specs.EVERY}
         self._assert_one_replacement()
 
     def _register(self, plugin: Any, owner: str, row: PluginRow | None = None) -> None:
@@ -222,6 +220,22 @@ class LoadedFamily:
         files = sorted(folder.rglob("*.py")) if whole else [file]
         code = hashlib.sha256(b"".join(f.read_bytes() for f in files if f.is_file())).hexdigest()
         return [owner, row.distribution if row else "", row.version if row else "", code]
+
+    @property
+    def has_scorer(self) -> bool:
+        """Whether an extension scores images."""
+        return bool(self._implementations("score_images"))
+
+    def score_images(self, images: Sequence[Any], positive: str, negative: str) -> Sequence[float]:
+        """What an extension says of pictures; `has_scorer` must be true."""
+        answer = self._call("score_images", images=images, positive=positive, negative=negative)
+        scores: Sequence[float] = self._expect("score_images", answer, Sequence)
+        if len(scores) != len(images):
+            self._refuse("score_images", f"gave {len(scores)} scores for {len(images)} images")
+        wrong = [v for v in scores if isinstance(v, bool) or not isinstance(v, Real) or not math.isfinite(v)]
+        if wrong:
+            self._refuse("score_images", f"gave {wrong[0]!r}, and a score is a finite number")
+        return [float(value) for value in scores]
 
     @property
     def is_observed(self) -> bool:

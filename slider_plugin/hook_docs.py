@@ -17,8 +17,8 @@ END = "<!-- /hooks -->"
 
 
 def markdown() -> str:
-    """Every hook with its exact arguments, in the order of the contract; observers at the end."""
-    return "\n".join(section(hook) for hook in (*specs.HOOKS, *specs.OBSERVERS))
+    """Every hook with its exact arguments, in the order of the contract; those of extensions at the end."""
+    return "\n".join(section(hook) for hook in specs.EVERY)
 
 
 def section(hook: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from slider_hooks import PROJECT, Diffusion, Family, Flow, Layout, Option, Targets, specs
 
 IMPL, SPEC = f"{PROJECT}_impl", f"{PROJECT}_spec"  # the attributes in which pluggy's markers leave their options
-EVERY_HOOK = (*specs.HOOKS, *specs.OBSERVERS)
+EVERY_HOOK = specs.EVERY
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 CLASS = re.compile(r"((?!\d)\w+(\.(?!\d)\w+)*:)?(?!\d)\w+")
 """A class of diffusers by its name, or one of a plugin's own as `package.module:Class`."""
@@ -30,20 +30,24 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def lint(plugin: object, name: str | None = None) -> list[str]:
     """Every finding about a family plugin; `name` is that of its entry point."""
-    return [*lint_family(getattr(plugin, "FAMILY", None), name), *lint_hooks(plugin), *_lint_observers(plugin)]
+    return [*lint_family(getattr(plugin, "FAMILY", None), name), *lint_hooks(plugin), *_lint_extension_hooks(plugin)]
 
 
 def lint_extension(plugin: object) -> list[str]:
     """Every finding about an extension."""
-    allowed = (*specs.FOR_EVERY_FAMILY, *specs.OBSERVERS)
+    allowed = (*specs.FOR_EVERY_FAMILY, *specs.SCORERS, *specs.OBSERVERS)
     foreign = [hook for hook in specs.HOOKS if hook not in allowed and _implements(plugin, hook)]
     findings = [f"{hook}: only a family answers it; an extension may have {', '.join(allowed)}" for hook in foreign]
     return [*lint_hooks(plugin), *findings]
 
 
-def _lint_observers(plugin: object) -> list[str]:
+def _lint_extension_hooks(plugin: object) -> list[str]:
     heard = [hook for hook in specs.OBSERVERS if _implements(plugin, hook)]
-    return [f"{hook}: only extensions hear it; a family has no part in it" for hook in heard]
+    answered = [hook for hook in specs.SCORERS if _implements(plugin, hook)]
+    return [
+        *(f"{hook}: only extensions hear it; a family has no part in it" for hook in heard),
+        *(f"{hook}: only extensions answer it; a family has no part in it" for hook in answered),
+    ]
 
 
 def _implements(plugin: object, hook: str) -> bool:

@@ -98,7 +98,7 @@ def test_the_tutorial_in_an_environment_of_its_own(tmp_path: Path) -> None:
 def test_the_page_holds_the_hooks_of_the_contract() -> None:
     assert hook_docs.written(PAGE) == PAGE, "renew it: python -m slider_plugin.hook_docs"
     part = PAGE.partition(hook_docs.START)[2].partition(hook_docs.END)[0]
-    assert re.findall(r"^### (\w+)$", part, re.MULTILINE) == [*specs.HOOKS, *specs.OBSERVERS]
+    assert re.findall(r"^### (\w+)$", part, re.MULTILINE) == [*specs.EVERY]
 
 
 def test_a_page_without_markers_is_refused() -> None:

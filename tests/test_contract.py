@@ -36,13 +36,13 @@ def section(doc: str, title: str) -> str:
 
 def test_hooks_are_the_specs() -> None:
     marked = {name for name, value in vars(specs).items() if hasattr(value, SPEC)}
-    assert marked == {*specs.HOOKS, *specs.OBSERVERS}
-    assert len(specs.HOOKS) + len(specs.OBSERVERS) == len(marked)
+    assert marked == set(specs.EVERY)
+    assert len(specs.EVERY) == len(marked)
     assert set(specs.FOR_EVERY_FAMILY) < set(specs.HOOKS)
     assert all(getattr(getattr(specs, hook), SPEC)["firstresult"] for hook in specs.HOOKS)
 
 
-@pytest.mark.parametrize("hook", [*specs.HOOKS, *specs.OBSERVERS])
+@pytest.mark.parametrize("hook", specs.EVERY)
 def test_a_spec_is_annotated(hook: str) -> None:
     signature, _ = spec_of(hook)
     assert next(iter(signature.parameters)) == "family"
@@ -53,7 +53,7 @@ def test_a_spec_is_annotated(hook: str) -> None:
     assert "None" in str(signature.return_annotation), "every hook may hand on to the default"
 
 
-@pytest.mark.parametrize("hook", [*specs.HOOKS, *specs.OBSERVERS])
+@pytest.mark.parametrize("hook", specs.EVERY)
 def test_a_spec_documents_when_it_is_called_each_argument_and_what_to_return(hook: str) -> None:
     signature, doc = spec_of(hook)
     assert "Called" in doc.split("\n\n")[0]
@@ -62,7 +62,7 @@ def test_a_spec_documents_when_it_is_called_each_argument_and_what_to_return(hoo
     assert "default" in section(doc, "Returns")
 
 
-@pytest.mark.parametrize("hook", [*specs.HOOKS, *specs.OBSERVERS])
+@pytest.mark.parametrize("hook", specs.EVERY)
 def test_the_example_of_a_spec_is_a_valid_implementation(hook: str) -> None:
     _, doc = spec_of(hook)
     module = ModuleType("example")

@@ -146,7 +146,7 @@ def wrapper(hook: str) -> str:
 
 
 def test_every_hook_has_a_test() -> None:
-    assert {f"test_hook_{hook}" for hook in (*specs.HOOKS, *specs.OBSERVERS)} <= set(globals())
+    assert {f"test_hook_{hook}" for hook in specs.EVERY} <= set(globals())
 
 
 def test_a_run_asks_every_hook_in_the_order_of_the_page_and_tells_each_the_facts(told: Callable[..., Run]) -> None:

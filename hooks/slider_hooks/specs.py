@@ -304,13 +304,36 @@ def build_pipeline(family: Family, components: Components) -> Any | None:
     """
 
 
+@hookspec(firstresult=True)
+def score_images(family: Family, images: Sequence[Any], positive: str, negative: str) -> Sequence[float] | None:
+    """Say how much of a concept pictures show; for extensions alone. Called by `slider report --scorer extension` for the drawn
+    pictures and for the positive and negative images, a few at a time.
+
+    Args:
+        family: the facts of the family that drew them.
+        images: PIL images, RGB.
+        positive: words for more of the concept; "" where none are given.
+        negative: words for less of it, likewise.
+
+    Returns:
+        For each image a finite number, higher for more; unit and zero are free. There is no default: without an extension that
+        answers, the report refuses this scorer.
+
+    Example::
+
+        @hookimpl
+        def score_images(images):
+            return [sum(image.convert("L").resize((1, 1)).getdata()) / 255 for image in images]
+    """
+
+
 @hookspec
 def observe(family: Family, event: str, facts: Mapping[str, Any]) -> None:
     """Hear what a run does; for extensions alone, and all of them. Called after each event, in the process that writes files.
 
     Args:
         family: the facts of the family that is trained.
-        event: `loaded`, `step`, `checkpoint`, `validation` or `exported`; later versions may have more.
+        event: `loaded`, `step`, `checkpoint`, `validation`, `report` or `exported`; later versions may have more.
         facts: of `loaded` the `config` as a mapping and `hooks`, who answers which; of `step` its `step` and metrics such as
             `loss/positive`; of the others `step` and `path`, the folder or file that was written.
 
@@ -345,5 +368,11 @@ HOOKS: tuple[str, ...] = (
 FOR_EVERY_FAMILY: tuple[str, ...] = ("build_sampler", "validation_prompt_scale")
 """Those of them that an extension may replace or wrap."""
 
+SCORERS: tuple[str, ...] = ("score_images",)
+"""The hooks that an extension may answer, and nobody else does."""
+
 OBSERVERS: tuple[str, ...] = ("observe",)
 """The hooks that every extension hears and none answers."""
+
+EVERY: tuple[str, ...] = (*HOOKS, *SCORERS, *OBSERVERS)
+"""All hooks."""

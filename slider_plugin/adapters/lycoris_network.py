@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 CONFIG = "slider.lycoris"
 """Metadata key under which an exported file keeps its configuration."""
 
+CARRYING = ("lora_up.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a", "diff", "diff_b", "a2.weight", "b2.weight", "weight")
+"""The tensors of a file, by the ends of their names, in which each layer's change is linear while the others stay."""
+
 MIRRORED = 1e-4
 """Relative to a layer's change: how far -1 may miss the opposite of +1, or 2 the double, in float32."""
 
@@ -422,9 +425,7 @@ def _input_shape(lora: Any) -> tuple[int, ...]:
 
 def _share(name: str, multiplier: float) -> float:
     """What one tensor of a file is multiplied by so that its layer's change is multiplied by `multiplier`."""
-    first = ("lora_up.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a", "diff", "diff_b", "a2.weight", "b2.weight")
-    part = name.split(".", 1)[1]
-    return multiplier if part in first or part == "weight" else 1.0
+    return multiplier if name.split(".", 1)[1] in CARRYING else 1.0
 
 
 def _readable(lora: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from slider_hooks import Components
 from slider_plugin import console
 from slider_plugin.config import RunConfig
+from slider_plugin.data.buckets import Bucket
 from slider_plugin.data.cache import Cache, Memory, Store, cache_folder
 from slider_plugin.data.digests import Digests
 from slider_plugin.data.encode import Encoded, encode_once
 from slider_plugin.data.fingerprint import Opaque, fingerprint
-from slider_plugin.preflight import Preflight, draws
+from slider_plugin.preflight import draws
 from slider_plugin.training.parking import Parked, move
 from slider_plugin.training.processes import Processes, draws_here
 
@@ -23,9 +24,19 @@ if TYPE_CHECKING:
     from slider_plugin.family import LoadedFamily
 
 
-def encode(
-    config: RunConfig, family: LoadedFamily, components: Components, checked: Preflight, machine: Accelerator
-) -> Encoded:
+class Wanted(Protocol):
+    """What is known of the data beforehand: a run's preflight, or a report's."""
+
+    @property
+    def model(self) -> str:
+        """Folder or hub id."""
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The opened buckets."""
+
+
+def encode(config: RunConfig, family: LoadedFamily, components: Components, checked: Wanted, machine: Accelerator) -> Encoded:
     """Encode the images and captions that are not in the cache."""
     started = time.perf_counter()
     store, where = _open_store(config, family, components, checked.model, machine)

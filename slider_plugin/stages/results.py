@@ -79,8 +79,6 @@ def draw(
     step: int,
 ) -> Rendered:
     """Draw prompts, strips and the contact sheet into `folder/step_...`."""
-    first_seed = config.seed if config.validation_seed is None else config.validation_seed
-    guidance = family.facts.guidance_scale if config.validation_guidance is None else config.validation_guidance
     rendered = render(
         family,
         components,
@@ -88,26 +86,38 @@ def draw(
         [PromptEntry(name=p.name, prompt=p.prompt, adapter_strength=p.adapter_strength) for p in config.prompts],
         folder=folder,
         step=step,
-        seeds=range(first_seed, first_seed + config.num_validation_images),
+        seeds=validation_seeds(config, config.num_validation_images),
         strengths=config.validation_strengths,
         global_strength=config.validation_adapter_strength,
-        settings=DrawSettings(
-            width=size[0],
-            height=size[1],
-            steps=config.validation_num_inference_steps,
-            guidance_scale=guidance,
-            negative_prompt=config.validation_negative_prompt,
-            num_frames=num_frames(config),
-            image=image_file(config),
-            control=None if components.control is None else str(control_image(config)),
-            extra=family.facts.call_kwargs,
-            batch_size=max(1, PIXELS_AT_ONCE // (size[0] * size[1])),
-        ),
+        settings=draw_settings(config, family, components, size),
     )
     console.say(f"validation: {rendered.contact_sheet or rendered.folder}")
     if console.IS_MAIN:
         family.observe("validation", step=step, path=rendered.folder)
     return rendered
+
+
+def validation_seeds(config: RunConfig, count: int) -> range:
+    """The seeds of that many images of a prompt."""
+    first_seed = config.seed if config.validation_seed is None else config.validation_seed
+    return range(first_seed, first_seed + count)
+
+
+def draw_settings(config: RunConfig, family: LoadedFamily, components: Components, size: tuple[int, int]) -> DrawSettings:
+    """How the configuration wants images of `size` (width, height) drawn."""
+    guidance = family.facts.guidance_scale if config.validation_guidance is None else config.validation_guidance
+    return DrawSettings(
+        width=size[0],
+        height=size[1],
+        steps=config.validation_num_inference_steps,
+        guidance_scale=guidance,
+        negative_prompt=config.validation_negative_prompt,
+        num_frames=num_frames(config),
+        image=image_file(config),
+        control=None if components.control is None else str(control_image(config)),
+        extra=family.facts.call_kwargs,
+        batch_size=max(1, PIXELS_AT_ONCE // (size[0] * size[1])),
+    )
 
 
 def validation_size(config: RunConfig) -> tuple[int, int] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -116,16 +116,49 @@ def render(
     if not plan.shots:
         return Rendered(place, {})
     files = _Files(place, plan)
-    pipeline = family.build_pipeline(components)
-    check_image(type(pipeline), settings.image)
-    with undisturbed(components, pipeline), _steering(family, components, settings):
-        for scale, shots in plan.by_scale():
-            with adapter.scaled(scale):
-                _draw(pipeline, shots, settings, files)
+
+    def write(shots: Sequence[Shot], samples: Sequence[Sample]) -> None:  # at once: a killed run keeps its images
+        for shot, sample in zip(shots, samples, strict=True):
+            path = files.image(shot)
+            _save(sample.still(), path)
+            sample.write_original(path)
+
+    draw_batches(family, components, adapter, plan.by_scale(), settings, write)
     return _assemble(plan, files, step, settings)
 
 
 # --- Drawing ----------------------------------------------------------------------------------------------------------
+
+
+def draw_batches(
+    family: DrawingFamily,
+    components: Components,
+    adapter: ScalableAdapter,
+    by_scale: Sequence[tuple[float, Sequence[Shot]]],
+    settings: DrawSettings,
+    take: Callable[[Sequence[Shot], Sequence[Sample]], None],
+) -> None:
+    """Draw images in batches of one scale, `settings.batch_size` at a time; memory holds one batch.
+
+    Args:
+        family: the family with its hooks.
+        components: the model, with the adapter injected and on its device.
+        adapter: its `scaled` sets a scale and takes it back.
+        by_scale: what is drawn, in groups of one scale.
+        settings: size, steps, guidance.
+        take: gets each batch, without gradients and at its scale.
+
+    Raises:
+        PluginError: a hook of the family answered something that cannot be used.
+    """
+    pipeline = family.build_pipeline(components)
+    check_image(type(pipeline), settings.image)
+    with undisturbed(components, pipeline), _steering(family, components, settings):
+        for scale, shots in by_scale:
+            with adapter.scaled(scale):
+                for start in range(0, len(shots), settings.batch_size):
+                    batch = shots[start : start + settings.batch_size]
+                    take(batch, _call(pipeline, batch, settings))
 
 
 @contextmanager
@@ -203,16 +236,6 @@ def _quiet(pipeline: Any) -> Iterator[None]:
         yield
     finally:
         configure(**before)
-
-
-def _draw(pipeline: Any, shots: Sequence[Shot], settings: DrawSettings, files: _Files) -> None:
-    """Draw shots of one scale and write each batch at once: memory holds one batch, and a killed run keeps its images."""
-    for start in range(0, len(shots), settings.batch_size):
-        batch = shots[start : start + settings.batch_size]
-        for shot, sample in zip(batch, _call(pipeline, batch, settings), strict=True):
-            path = files.image(shot)
-            _save(sample.still(), path)
-            sample.write_original(path)
 
 
 def _call(pipeline: Any, batch: Sequence[Shot], settings: DrawSettings) -> list[Sample]:
