@@ -372,6 +372,15 @@ class RunConfig(_Strict):
     validation_seed: Seed | None = Field(None, description="None is the run's seed")
     num_validation_images: Count = Field(1, description="seeds per prompt")
     validation_disable: bool = Field(False, description="draw nothing")
+    validation_report: bool = Field(
+        False, description="measure the slider while it trains, and keep the best checkpoint (`slider report`)"
+    )
+    validation_report_interval: Steps | None = Field(
+        None, description="optimizer steps between reports; None is validation_step_interval, and 0 reports at the end only"
+    )
+    validation_report_stop: bool = Field(
+        False, description="end a run that its reports show to go the wrong way, to break, or to get no better"
+    )
 
     # --- behaviour
     strict: bool = Field(False, description="warnings about targets are errors")
@@ -383,6 +392,11 @@ class RunConfig(_Strict):
     def has_controlnet(self) -> bool:
         """Whether a ControlNet takes part, trained or frozen."""
         return self.controlnet or self.controlnet_model_name_or_path is not None
+
+    @property
+    def report_interval(self) -> int:
+        """Optimizer steps between reports; 0 for none but the last one."""
+        return self.validation_step_interval if self.validation_report_interval is None else self.validation_report_interval
 
     @model_validator(mode="before")
     @classmethod

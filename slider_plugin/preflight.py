@@ -95,10 +95,11 @@ def preflight(config: RunConfig, family: LoadedFamily) -> Preflight:
     opened = _or_note(problems, lambda: open_buckets(config, alignment(config)))
     twins = _or_note(problems, lambda: twins_of(config, opened)) or {}
     problems.extend(foreign_data(config, family.facts))
+    problems.extend(report_problems(config))
     _or_note(problems, lambda: check_output(config))
     problems.extend(check_launch(config))
     _or_note(problems, lambda: check_cache(config))
-    if model and draws(config):
+    if model and draws_any(config):
         _or_note(problems, lambda: _check_first_frame(config, family, model))
     if problems or model is None or opened is None:
         raise ConfigError(problems)
@@ -168,7 +169,7 @@ def controlnet_problems(config: RunConfig, family: Family) -> list[str]:
     _or_note(problems, lambda: check_controlnet(family, config.controlnet_model_name_or_path))
     if config.controlnet and config.lycoris is not None:
         problems.append("controlnet: on a ControlNet a plain LoRA is trained; write lora_type standard")
-    if draws(config):
+    if draws_any(config):
         _or_note(problems, lambda: check_image_file(control_image(config), config.max_image_pixels))
     return problems
 
@@ -199,6 +200,29 @@ def num_frames(config: RunConfig) -> int:
 def draws(config: RunConfig) -> bool:
     """Whether a run draws validation images."""
     return bool(config.prompts) and not config.validation_disable
+
+
+def draws_any(config: RunConfig) -> bool:
+    """Whether a run draws at all: validation images, or those of its reports."""
+    return draws(config) or config.validation_report
+
+
+def report_problems(config: RunConfig) -> list[str]:
+    """What keeps a run from reporting on itself."""
+    if not config.validation_report:
+        return [
+            "validation_report_stop: there are no reports to stop by; set validation_report"
+        ] * config.validation_report_stop
+    problems = []
+    if config.validation_disable:
+        problems.append("validation_report: validation_disable draws nothing; leave one of them out")
+    strengths = [bucket.slider_strength or 0.0 for bucket in config.buckets if not bucket.disabled]
+    if config.buckets and not (min(strengths) < 0 < max(strengths)):
+        problems.append(
+            "validation_report: it measures from the negative to the positive images, and one sign has no bucket; add one, or "
+            "leave validation_report out"
+        )
+    return problems
 
 
 def image_file(config: RunConfig) -> str | None:

@@ -47,6 +47,8 @@ def train(config: RunConfig) -> Outcome:
     with reporting(config, machine):
         finished, seconds = stages.run(config, trainer, checked, parked)
         exported = stages.export(config, trainer, targets, checked) if finished else None
+        if finished:
+            stages.export_best(config, trainer, targets, checked)
         images = stages.validate(config, trainer, checked, parked) if finished else None
         stages.write_card(config, trainer, checked, exported, images)
     return Outcome(finished, exported, images, trainer.step, seconds)

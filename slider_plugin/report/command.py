@@ -86,14 +86,18 @@ def report(config: RunConfig, adapter_file: Path, folder: Path, options: Options
     adapter = attach_file(adapter_file, family, desk.components)
     ends = desk.ends(adapter)
     drawn, card = desk.measure(adapter, ends, checked.trained)
-    facts = about(family, adapter_file.name, int(checked.metadata.get("slider.steps", 0)), desk.request, options.scorer, ends)
+    facts = facts_about(
+        family, adapter_file.name, int(checked.metadata.get("slider.steps", 0)), desk.request, options.scorer, ends
+    )
     written = cards.as_json(card, facts)
     path = cards.write(folder, written, strip(drawn))
     calibrated = calibrate(adapter_file, card) if options.calibrate else None
     return Report(card, written, path, calibrated)
 
 
-def about(family: LoadedFamily, adapter: str, step: int, request: Request, scorer: str | None, ends: Ends) -> dict[str, Any]:
+def facts_about(
+    family: LoadedFamily, adapter: str, step: int, request: Request, scorer: str | None, ends: Ends
+) -> dict[str, Any]:
     """The keys of a report that are no numbers."""
     axis = ends.axis() if scorer is None else None
     return {
@@ -118,11 +122,15 @@ def with_prompts(config: RunConfig, prompts: Sequence[str]) -> RunConfig:
     """The configuration with these prompts, else its own, else some captions of its positive and negative images."""
     chosen = tuple(dict.fromkeys(prompts or (p.prompt for p in config.prompts)))
     if not chosen:
-        signed = sides_of(open_buckets(config, alignment(config)).buckets)
-        captions = dict.fromkeys(item.captions[0] for pair in zip(*signed, strict=False) for _, item in pair)
-        chosen = tuple(captions)[:CAPTIONS]
+        chosen = captions_of(open_buckets(config, alignment(config)).buckets)
     entries = tuple(PromptConfig(name=f"report{i}", prompt=prompt) for i, prompt in enumerate(chosen))
     return config.model_copy(update={"prompts": entries})
+
+
+def captions_of(buckets: Sequence[Bucket]) -> tuple[str, ...]:
+    """A few captions of positive and negative images in turn."""
+    captions = dict.fromkeys(item.captions[0] for pair in zip(*sides_of(buckets), strict=False) for _, item in pair)
+    return tuple(captions)[:CAPTIONS]
 
 
 def check_report(config: RunConfig, family: LoadedFamily, file: Path, folder: Path, options: Options) -> Checked:

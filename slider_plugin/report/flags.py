@@ -11,7 +11,7 @@ from slider_plugin.report.scores import Scores
 NO_EFFECT = 0.1
 """A range below this share of the distance between negative and positive images is none."""
 
-ONE_SIDED = 0.3
+ONE_SIDED = 0.4
 """Balance below which one side does not work."""
 
 UNEVEN = 0.8

@@ -14,7 +14,7 @@ from slider_plugin.data.cache import Cache, Memory, Store, cache_folder
 from slider_plugin.data.digests import Digests
 from slider_plugin.data.encode import Encoded, encode_once
 from slider_plugin.data.fingerprint import Opaque, fingerprint
-from slider_plugin.preflight import draws
+from slider_plugin.preflight import draws_any
 from slider_plugin.training.parking import Parked, move
 from slider_plugin.training.processes import Processes, draws_here
 
@@ -68,7 +68,7 @@ def _open_store(
 
 def park(config: RunConfig, components: Components, machine: Accelerator) -> Parked:
     """Send everything but the denoiser out of memory, until it draws."""
-    back = draws(config) and draws_here(Processes(machine))
+    back = draws_any(config) and draws_here(Processes(machine))
     parked = Parked(components, machine.device, config.output_dir if back else None)
     if parked.names:
         until = "until it draws" if back else "for good"

@@ -26,7 +26,7 @@ from slider_plugin.control import Control, zero_layers
 from slider_plugin.errors import UserError
 from slider_plugin.files import folder_replacing, remove_leftovers
 from slider_plugin.parts import other_models
-from slider_plugin.preflight import Preflight, draws, image_file
+from slider_plugin.preflight import Preflight, draws_any, image_file
 from slider_plugin.quantise import KINDS, quantise
 from slider_plugin.targets import TargetPlan
 from slider_plugin.training.compiling import compile_model
@@ -65,7 +65,7 @@ def load(config: RunConfig, family: LoadedFamily, checked: Preflight, machine: A
     for line in checked.warnings:
         console.warn(line)
     components = load_model(config, family, checked.model, machine, whole=False)
-    if draws(config):  # for a model from the hub, whose pipeline preflight could not see
+    if draws_any(config):  # for a model from the hub, whose pipeline preflight could not see
         check_image(type(family.build_pipeline(components)), image_file(config))
     if config.gradient_checkpointing:
         _enable_checkpointing(components, family)

@@ -135,6 +135,34 @@ def export(config: RunConfig, trainer: Trainer, targets: TargetPlan, checked: Pr
     """
     if not trainer.processes.is_main:
         return None
+    path = config.output_dir / EXPORTED
+    with finished_weights(trainer.optimizer, trainer.ema):
+        write_slider(config, trainer, targets, checked, path, trainer.step)
+    _export_for_web_uis(config, trainer.family, path)
+    trainer.family.observe("exported", step=trainer.step, path=path)
+    return path
+
+
+def export_best(config: RunConfig, trainer: Trainer, targets: TargetPlan, checked: Preflight) -> Path | None:
+    """Write the best slider by the run's reports, if it is not the last one; None if it is, or nothing was reported."""
+    from slider_plugin.report import watching
+
+    best = watching.best_of(config.output_dir) if config.validation_report else None
+    if best is None or not trainer.processes.is_main:
+        return None
+    console.say(f"best report: step {best['step']}, score {best['score']:.2f} ({best['checkpoint']})")
+    path, present = config.output_dir / watching.EXPORTED, trainer.adapter.tensors()
+    if best["step"] == trainer.step:
+        path.unlink(missing_ok=True)
+        return None
+    trainer.adapter.load_tensors(watching.best_weights(config.output_dir), str(path))
+    write_slider(config, trainer, targets, checked, path, best["step"])
+    trainer.adapter.load_tensors(present, str(path))
+    return path
+
+
+def write_slider(config: RunConfig, trainer: Trainer, targets: TargetPlan, checked: Preflight, path: Path, step: int) -> None:
+    """Write the adapter's present weights as the slider of a step, read back and compared."""
     family, adapter = trainer.family, trainer.adapter
     metadata = slider_metadata(
         family=family.facts.name,
@@ -145,7 +173,7 @@ def export(config: RunConfig, trainer: Trainer, targets: TargetPlan, checked: Pr
         targets_source=targets.source,
         strengths=sorted({b.strength or 0.0 for b in checked.buckets}),
         adapter=adapter.facts(),
-        steps=trainer.step,
+        steps=step,
         seed=config.seed,
         base_model=checked.model,
         objective=config.slider_objective,
@@ -153,14 +181,9 @@ def export(config: RunConfig, trainer: Trainer, targets: TargetPlan, checked: Pr
         negative=config.slider_negative,
         extra=_extra(config, family, checked),
     )
-    path = config.output_dir / EXPORTED
-    with finished_weights(trainer.optimizer, trainer.ema):
-        header = for_programs(metadata, family.facts, path.stem)
-        report = adapter.export(path, component_of(config, family), header, torch.float32)
+    header = for_programs(metadata, family.facts, path.stem)
+    report = adapter.export(path, component_of(config, family), header, torch.float32)
     console.say(f"slider: {report.path} ({report.modules} modules, {report.size / 1e6:.1f} MB)")
-    _export_for_web_uis(config, family, path)
-    family.observe("exported", step=trainer.step, path=path)
-    return path
 
 
 def _export_for_web_uis(config: RunConfig, family: LoadedFamily, path: Path) -> None:

@@ -17,6 +17,7 @@ from slider_plugin.data.pairs import PairSampler
 from slider_plugin.errors import UserError
 from slider_plugin.files import write_json
 from slider_plugin.preflight import Preflight
+from slider_plugin.report.watching import Reports, best_checkpoint
 from slider_plugin.stages.results import validate
 from slider_plugin.training.checkpoint import Position, find_checkpoint, load_checkpoint, save_checkpoint, verify
 from slider_plugin.training.ema import Ema
@@ -135,6 +136,7 @@ def run(config: RunConfig, trainer: Trainer, checked: Preflight, parked: Parked 
     started, processes = time.perf_counter(), trainer.processes
     if processes.is_main:
         write_json(config.output_dir / "config.json", to_json(config))
+    reports = Reports(config, trainer, checked, parked)
     metrics = Metrics(config, trainer.step, trainer.accelerator) if processes.is_main else None
     with (
         interruptible(console.say) as interrupt,
@@ -152,9 +154,11 @@ def run(config: RunConfig, trainer: Trainer, checked: Preflight, parked: Parked 
                 _checkpoint(config, trainer)
             if _due(report.step, config.validation_step_interval) and report.step < config.max_train_steps:
                 validate(config, trainer, checked, parked)
-            return processes.any(interrupt.asked)
+            if reports.due(report.step) and reports.make():
+                _checkpoint(config, trainer)
+            return processes.any(interrupt.asked or reports.stopped)
 
-        finished = trainer.run(config.max_train_steps, after)
+        finished = trainer.run(config.max_train_steps, after) or processes.any(reports.stopped)
     _checkpoint(config, trainer)
     return finished, time.perf_counter() - started
 
@@ -168,7 +172,7 @@ def _checkpoint(config: RunConfig, trainer: Trainer) -> None:
         return
     position = Position(trainer.step, trainer.sampler.state_dict(), trainer.schedule.state_dict())
     facts = {"plugin": trainer.family.describe(), PAIRED: trainer.pairing.on, **trainer.facts}
-    path = save_checkpoint(
-        config.output_dir, trainer.adapter, trainer.optimizer, trainer.ema, position, facts, config.checkpoints_total_limit
-    )
+    spare = best_checkpoint(config.output_dir)
+    keep = config.checkpoints_total_limit
+    path = save_checkpoint(config.output_dir, trainer.adapter, trainer.optimizer, trainer.ema, position, facts, keep, spare)
     trainer.family.observe("checkpoint", step=trainer.step, path=path)

@@ -52,6 +52,7 @@ def save_checkpoint(
     position: Position,
     facts: dict[str, Any],
     keep: int,
+    spare: str = "",
 ) -> Path:
     """Write `folder/checkpoint-<step>`, unless it is there and whole, and delete what is older than the newest `keep`.
 
@@ -63,6 +64,7 @@ def save_checkpoint(
         position: how far the run has come.
         facts: what a run must have in common with this one to go on from here (`resuming`).
         keep: at least 1.
+        spare: name of one that is never deleted, and does not count.
     """
     path = folder / f"checkpoint-{position.step:06d}"
     if path.exists() and not is_whole(path):
@@ -85,13 +87,13 @@ def save_checkpoint(
                 "sha256": {name: _sha256(temporary / name) for name in files},
             }
             (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-    _rotate(folder, keep)
+    _rotate(folder, keep, spare)
     return path
 
 
-def _rotate(folder: Path, keep: int) -> None:
+def _rotate(folder: Path, keep: int, spare: str) -> None:
     """A damaged one counts for nothing: however many there are, as many whole ones are kept, if there ever were."""
-    found, whole = checkpoints(folder), 0
+    found, whole = [path for path in checkpoints(folder) if path.name != spare], 0
     if len(found) <= keep:
         return
     for path in reversed(found):

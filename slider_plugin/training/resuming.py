@@ -108,6 +108,9 @@ WRITTEN = (
     "validation_seed",
     "num_validation_images",
     "validation_disable",
+    "validation_report",
+    "validation_report_interval",
+    "validation_report_stop",
     "strict",
 )
 """Keys that may change, since they say what is written and drawn."""
