@@ -323,7 +323,7 @@ def score_images(family: Family, images: Sequence[Any], positive: str, negative:
 
         @hookimpl
         def score_images(images):
-            return [sum(image.convert("L").resize((1, 1)).getdata()) / 255 for image in images]
+            return [image.convert("L").resize((1, 1)).getpixel((0, 0)) / 255 for image in images]
     """
 
 
