@@ -110,7 +110,7 @@ class LoadedFamily:
         return noted
 
     def _assert_one_replacement(self) -> None:
-        for hook in specs.FOR_EVERY_FAMILY:
+        for hook in (*specs.FOR_EVERY_FAMILY, *specs.SCORERS):
             rivals = [impl.plugin_name for impl in self._implementations(hook) if impl.plugin_name not in (DEFAULT, FAMILY)]
             if len(rivals) > 1:
                 keys = [rival.removeprefix("extension ") for rival in rivals]

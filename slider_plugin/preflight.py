@@ -217,7 +217,7 @@ def report_problems(config: RunConfig) -> list[str]:
     if config.validation_disable:
         problems.append("validation_report: validation_disable draws nothing; leave one of them out")
     strengths = [bucket.slider_strength or 0.0 for bucket in config.buckets if not bucket.disabled]
-    if config.buckets and not (min(strengths) < 0 < max(strengths)):
+    if not any(s < 0 for s in strengths) or not any(s > 0 for s in strengths):
         problems.append(
             "validation_report: it measures from the negative to the positive images, and one sign has no bucket; add one, or "
             "leave validation_report out"

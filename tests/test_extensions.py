@@ -76,6 +76,11 @@ def test_an_extension_may_not_answer_for_families(site: Site, hook: str) -> None
     assert f"{hook}: only a family answers it" in message and "SLIDER_PLUGIN_BLOCK=dist-greedy:greedy" in message
 
 
+def test_a_family_may_not_score_images(site: Site) -> None:
+    site.family("judge", code="@hookimpl\ndef score_images(images):\n    return [0.0 for _ in images]\n")
+    assert "score_images: only extensions answer it" in error_of(lambda: site.plugins().load("judge"))
+
+
 def test_a_family_may_not_observe(site: Site) -> None:
     site.family("curious", code="@hookimpl\ndef observe(event):\n    pass\n")
     assert "observe: only extensions hear it" in error_of(lambda: site.plugins().load("curious"))

@@ -29,6 +29,7 @@ from slider_hooks import hookspec, specs
 from slider_plugin import family, run
 from slider_plugin.configfile import read_config
 from slider_plugin.data.sampler import CycleSampler
+from slider_plugin.errors import PluginError
 from slider_plugin.registry import Plugins
 
 STEPS = 2
@@ -61,6 +62,19 @@ HEARD = []
 @hookimpl
 def observe(family, event, facts):
     HEARD.append((family.name, event, dict(facts)))
+"""
+
+
+JUDGE = """
+from slider_hooks import hookimpl
+
+ASKED, ANSWER = [], None
+
+
+@hookimpl
+def score_images(family, images, positive, negative):
+    ASKED.append((family.name, positive, negative))
+    return ANSWER or [image.getpixel((0, 0))[0] for image in images]
 """
 
 
@@ -419,6 +433,21 @@ def test_hook_build_pipeline(told: Callable[..., Run]) -> None:
     assert done.of("build_pipeline")[-1].asked["components"] is done.one("load_components").answer
     images = [Image.open(done.images() / image["file"]) for image in done.drawn()]
     assert images and all(image.size == (32, 32) and image.getpixel((16, 16)) == (200, 20, 40) for image in images)
+
+
+def test_hook_score_images(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a report asks, and that nonsense is refused; a whole report is in tests/report/test_command.py."""
+    site.module("judge.py", JUDGE)
+    site.install("dist-judge", {"judge": "judge"}, kind="extensions")
+    monkeypatch.setenv("SLIDER_PLUGIN_ALLOW", "slider-plugin,dist-judge,dist_judge")
+    loaded = Plugins.discover().load("sd1")
+    images = [Image.new("RGB", (2, 2), (light, 0, 0)) for light in (10, 20)]
+    assert loaded.has_scorer and loaded.score_images(images, "big", "small") == [10.0, 20.0]
+    assert sys.modules["judge"].ASKED == [("sd1", "big", "small")]
+    for answer, complaint in (([1.0], "gave 1 scores for 2 images"), ([1.0, float("inf")], "a score is a finite number")):
+        monkeypatch.setattr(sys.modules["judge"], "ANSWER", answer)
+        with pytest.raises(PluginError, match=complaint):
+            loaded.score_images(images, "", "")
 
 
 def test_hook_observe(site: Site, told: Callable[..., Run]) -> None:

@@ -61,7 +61,8 @@ def latents_of(family: LoadedFamily, components: Components, samples: Sequence[S
     media_B = torch.stack([_medium(sample) for sample in samples])
     if "video" in family.facts.modalities and media_B.ndim == 4:
         media_B = media_B.unsqueeze(2)
-    return family.encode_images(components, media_B.to(components.denoiser.device, image_dtype(components)))
+    device = next(components.denoiser.parameters()).device
+    return family.encode_images(components, media_B.to(device, image_dtype(components)))
 
 
 def _medium(sample: Sample) -> Tensor:

@@ -1,9 +1,9 @@
 """Reports while a run trains: the best checkpoint is kept and named, and a run that goes wrong is said early.
 
-Each report goes into `reports/step_000200/`, its numbers as a line into `reports.jsonl`. `best.json` names the step with the
-highest score so far and its checkpoint, which rotation spares. The weights as a slider of that step has them are kept in
-`reports/best.safetensors`, from which the run's end exports them. A run that is killed forgets what it had reported after the
-checkpoint that it goes on from, and reports that again.
+Each report goes into `reports/step_000200/`, and as a line into `reports.jsonl`: its JSON, with `report`, the folder. The file
+`best.json` names the step with the highest score so far and its checkpoint, which rotation spares. The weights as a slider of
+that step has them are kept in `reports/best.safetensors`, from which the run's end exports them. A run that is killed forgets
+what it had reported after the checkpoint that it goes on from, and reports that again.
 """
 
 from __future__ import annotations
@@ -80,11 +80,11 @@ class Reports:
             if best and self._trainer.processes.is_main:
                 self._keep(self._trainer.adapter.tensors())
         self._say(card, step)
-        self._rows.append({"step": step, "score": written["score"], "flags": sorted(card.codes)})
+        self._rows.append(written | {"report": f"{FOLDER}/step_{step:06d}"})
         if best:
             self._best = {"step": step, "checkpoint": f"checkpoint-{step:06d}", "score": card.score, "verdict": card.verdict}
         if self._trainer.processes.is_main:
-            self._write(written, best)
+            self._write(best)
         self.stopped = self._config.validation_report_stop and bool(reason := self.why_stop())
         if self.stopped and step < self._config.max_train_steps:
             console.say(f"validation_report_stop: the run ends after step {step}: {reason}")
@@ -92,16 +92,13 @@ class Reports:
 
     def why_stop(self) -> str:
         """Why going on is of no use; "" as long as it may be."""
-        last_two = [set(row["flags"]) & WRONG_TWICE for row in self._rows[-2:]]
-        if len(last_two) == 2 and all(last_two):
-            return f"{sorted(last_two[-1])[0]} in two reports in a row"
-        since = [row for row in self._rows if self._best is None or row["step"] > self._best["step"]]
-        early = self._trainer.step < self._config.max_train_steps / 2 and "no_effect" in self._rows[-1]["flags"]
-        return (
-            f"no report was better than that of step {self._best and self._best['step']}"
-            if len(since) >= PATIENCE and not early
-            else ""
-        )
+        wrong = [_codes(row) & WRONG_TWICE for row in self._rows[-2:]]
+        if len(wrong) == 2 and all(wrong):
+            return f"{min(wrong[-1])} in two reports in a row"
+        best = self._best["step"] if self._best else 0
+        since = [row for row in self._rows if row["step"] > best]
+        early = self._trainer.step < self._config.max_train_steps / 2 and "no_effect" in _codes(self._rows[-1])
+        return "" if early or len(since) < PATIENCE else f"no report was better than that of step {best}"
 
     # --- one report -------------------------------------------------------------------------------------------------
 
@@ -155,14 +152,16 @@ class Reports:
         with replacing(path) as temporary:
             save_file(dict(tensors), temporary, {"format": "pt"})
 
-    def _write(self, written: Mapping[str, Any], best: bool) -> None:
+    def _write(self, best: bool) -> None:
         folder = self._config.output_dir
         if best:
             write_json(folder / BEST, dict(self._best or {}))
-        row = {key: value for key, value in written.items() if key not in ("prompts", "seeds", "measure", "strip", "plot")}
-        row |= {"report": f"{FOLDER}/step_{written['step']:06d}", "flags": [flag["code"] for flag in written["flags"]]}
         with (folder / LINES).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(self._rows[-1]) + "\n")
+
+
+def _codes(row: Mapping[str, Any]) -> set[str]:
+    return {flag["code"] for flag in row["flags"]}
 
 
 def best_of(folder: Path) -> dict[str, Any] | None:

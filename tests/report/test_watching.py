@@ -73,6 +73,7 @@ def test_a_run_reports_at_its_intervals_and_exports_the_best(
     ]  # fmt: skip
     for row in rows(out):
         written = json.loads((out / row["report"] / "report.json").read_text())
+        assert row == written | {"report": row["report"]}
         assert written["strengths"] == [-0.5, -0.25, 0.0, 0.25, 0.5] and len(written["seeds"]) == 2
         assert (out / row["report"] / written["strip"]).is_file() and (out / row["report"] / written["plot"]).is_file()
     best = json.loads((out / "best.json").read_text())
@@ -162,7 +163,10 @@ def reports_of(config: Path, *flags: str) -> Reports:
 )
 def test_when_a_run_is_of_no_use(project: Project, flags: list[list[str]], scores: list[float], step: int, stops: str) -> None:
     reports = reports_of(project("sd1", **KEYS | {"max_train_steps": 100}))
-    reports._rows = [{"step": i + 1, "flags": f, "score": s} for i, (f, s) in enumerate(zip(flags, scores, strict=True))]
+    reports._rows = [
+        {"step": number, "flags": [{"code": code} for code in codes], "score": score}
+        for number, (codes, score) in enumerate(zip(flags, scores, strict=True), start=1)
+    ]
     top = scores.index(max(scores)) + 1
     reports._best = {"step": top, "score": max(scores)}
     reports._trainer.step = step
