@@ -37,9 +37,11 @@ def flags_of(scores: Scores, certain: Mapping[str, tuple[float, float]], trained
         trained: the largest strength that was trained.
         separation: of the axis (`axis.Axis`); 1 where a scorer was asked instead.
     """
-    found = [_direction(scores, certain), _broken(scores, trained)]
+    found = [_direction(scores, certain)]
     if not any(found):
-        found += [_side(scores), _uneven(scores), _saturated(scores, trained)]
+        found = [_broken(scores, trained), _side(scores)]
+    if not any(found):
+        found = [_uneven(scores), _saturated(scores, trained)]
     if separation < SEEN:
         found.append(
             Flag(

@@ -27,14 +27,17 @@ from slider_plugin.demo.run import write_config
 from slider_plugin.registry import Plugins
 from slider_plugin.report.calibrate import FRACTION, calibrate
 from slider_plugin.report.card import Card, card_of
-from slider_plugin.report.command import STRENGTHS, Desk, Options, check_report, with_prompts
+from slider_plugin.report.command import Desk, Options, check_report, with_prompts
 from slider_plugin.report.probe import curves_of, draw
 from slider_plugin.report.scores import response, spearman
 
 pytestmark = pytest.mark.slow
 
-PROMPTS = measure.PROMPTS[:4]
+PROMPTS = measure.PROMPTS
 SEEDS = 2
+"""Of `measure.SEEDS`, the first ones."""
+
+STRENGTHS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 
 KINDS: dict[str, dict[str, Any]] = {
     "good": {},
@@ -43,11 +46,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "wrong labels": {"swap": True},
     "too high a rate": {"learning_rate": 3e-2, "lr_scheduler": "constant"},
     "too few steps": {"max_train_steps": 2, "lr_warmup_steps": 1},
-    "one-sided": {"ordinary_negatives": True, "learning_rate": 5e-3, "lr_scheduler": "constant", "max_train_steps": 80},
+    "one-sided": {"ordinary_positives": True, "learning_rate": 5e-3, "lr_scheduler": "constant", "max_train_steps": 160},
 }
-"""How each slider is trained, besides the demo's recipe. The negative side of the one-sided one is shown ordinary images."""
+"""How each slider is trained, besides the demo's recipe. The positive side of the one-sided one is shown ordinary images."""
 
 CHECKPOINTS = {"good": 30}
+DRAWING = ("validation_guidance", "validation_num_inference_steps", "validation_resolution", "validation_seed")
 
 
 @dataclass(frozen=True)
@@ -97,12 +101,13 @@ def _config(family: str, concept: str, kind: str, folder: Path) -> Path:
     buckets = json.loads((folder / "buckets.json").read_text())
     if keys.pop("swap", False):
         buckets[0]["slider_strength"], buckets[1]["slider_strength"] = -1.0, 1.0
-    if keys.pop("ordinary_negatives", False):
+    if keys.pop("ordinary_positives", False):
         buckets = buckets[:2]
-        buckets[1]["instance_data_dir"] = str(fixtures() / "buckets" / "neutral")
+        buckets[0]["instance_data_dir"] = str(fixtures() / "buckets" / "neutral")
     (folder / "buckets.json").write_text(json.dumps(buckets))
     guidance = json.loads((fixtures() / "tiny" / family / "training.json").read_text())["guidance"]
     drawing = {"validation_guidance": guidance, "validation_num_inference_steps": 16, "validation_resolution": "64"}
+    drawing["validation_seed"] = measure.SEEDS[0]
     checkpoints = {"checkpoint_step_interval": CHECKPOINTS.get(kind, 0), "checkpoints_total_limit": 99}
     path.write_text(json.dumps(values | keys | drawing | checkpoints))
     return path
@@ -114,9 +119,7 @@ def measured(
     """Report with the right images, whatever the slider was trained on, and measure the same pictures."""
     family = Plugins.discover().load(config.model_family)
     right = write_config(config.model_family, concept, "lora", None, adapter_file.parent / "right")
-    own = {
-        key: getattr(config, key) for key in ("validation_guidance", "validation_num_inference_steps", "validation_resolution")
-    }
+    own = {key: getattr(config, key) for key in DRAWING}
     judged = with_prompts(read_config(right)[0].model_copy(update=own), [measure.prompt(*words) for words in PROMPTS])
     options = Options(strengths=tuple(strengths), seeds=SEEDS)
     desk = Desk.open(judged, family, check_report(judged, family, adapter_file, adapter_file.parent / "r", options), options)
@@ -165,7 +168,7 @@ def test_the_response_orders_sliders_checkpoints_and_strengths_as_the_truth_does
         truths = np.concatenate([one.truth for one in all_of_it])
         print(key, "strengths", round(float(spearman(responses, truths)), 3))
         assert spearman(responses, truths) >= 0.9, key
-    ranges = [(one.card.scores.range, one.truth[6] - one.truth[2]) for one in found["sd1", "size"]]
+    ranges = [(one.card.scores.range, one.truth[5] - one.truth[1]) for one in found["sd1", "size"]]
     print("sliders", round(float(spearman(*map(np.array, zip(*ranges, strict=True)))), 3), np.round(ranges, 2).tolist())
     assert spearman(*map(np.array, zip(*ranges, strict=True))) >= 0.9
 
@@ -185,7 +188,7 @@ def test_the_response_orders_sliders_checkpoints_and_strengths_as_the_truth_does
 def test_a_broken_slider_is_flagged(sliders: Sliders, kind: str, flag: str) -> None:
     card = sliders.measured("sd1", "size", kind).card
     print(kind, card.verdict)
-    assert card.flags and card.flags[0].code == flag
+    assert flag in card.codes
 
 
 @pytest.mark.parametrize("family", ["sd1", "z_image"])
