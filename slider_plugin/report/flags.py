@@ -37,9 +37,10 @@ def flags_of(scores: Scores, certain: Mapping[str, tuple[float, float]], trained
         trained: the largest strength that was trained.
         separation: of the axis (`axis.Axis`); 1 where a scorer was asked instead.
     """
-    found = [_direction(scores, certain)]
-    if not any(found):
-        found = [_broken(scores, trained), _side(scores)]
+    ruined = _ruined(scores, trained)
+    found = [ruined if ruined and scores.range > -NO_EFFECT else _direction(scores, certain)]
+    if not any(found) or found == [ruined]:
+        found = [ruined or _folded(scores), _side(scores)]
     if not any(found):
         found = [_uneven(scores), _saturated(scores, trained)]
     if separation < SEEN:
@@ -64,22 +65,26 @@ def _direction(scores: Scores, certain: Mapping[str, tuple[float, float]]) -> Fl
     return None
 
 
-def _broken(scores: Scores, trained: float) -> Flag | None:
+def _ruined(scores: Scores, trained: float) -> Flag | None:
     early = [(edge, why) for edge, why in zip(scores.usable, scores.ends, strict=True) if abs(edge) < trained - 1e-9]
     for edge, why in early:
         if why == "alike":
             return Flag("broken", f"beyond {edge:+g} pictures become alike or lose their contrast: lower the learning rate")
         if why == "moved":
             return Flag("broken", f"beyond {edge:+g} little of the picture is left as it was: lower the learning rate")
-    if scores.folded:
-        return Flag("broken", "the response turns back before the trained strength: lower the learning rate, or train shorter")
     return None
+
+
+def _folded(scores: Scores) -> Flag | None:
+    text = "the response turns back before the trained strength: lower the learning rate, or train shorter"
+    return Flag("broken", text) if scores.folded else None
 
 
 def _side(scores: Scores) -> Flag | None:
     if scores.balance >= ONE_SIDED:
         return None
-    return Flag("one_sided", "one sign of the strength works, and the other one hardly: are the images of that side right?")
+    text = "one sign of the strength works, and the other one hardly: are its images right, or is there no room left at strength 0?"
+    return Flag("one_sided", text)
 
 
 def _uneven(scores: Scores) -> Flag | None:

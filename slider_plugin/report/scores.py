@@ -22,7 +22,7 @@ KEPT = 0.4
 ALIKE = 0.5
 """Pictures that differ less than this share of what they do at strength 0 have become alike; times what the concept takes."""
 
-FOLDED = 0.5
+FOLDED = 0.75
 """A response that falls back below this share of its peak, within the strengths that were trained, has folded back."""
 
 DRAWS = 1000

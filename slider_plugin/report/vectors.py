@@ -61,8 +61,14 @@ def latents_of(family: LoadedFamily, components: Components, samples: Sequence[S
     media_B = torch.stack([_medium(sample) for sample in samples])
     if "video" in family.facts.modalities and media_B.ndim == 4:
         media_B = media_B.unsqueeze(2)
-    device = next(components.denoiser.parameters()).device
-    return family.encode_images(components, media_B.to(device, image_dtype(components)))
+    return family.encode_images(components, media_B.to(_device(components), image_dtype(components)))
+
+
+def _device(components: Components) -> torch.device:
+    """Where images are encoded: the autoencoder's device, as the denoiser's blocks may wait elsewhere."""
+    vae = getattr(components.pipeline, "vae", None)
+    model = vae if isinstance(vae, torch.nn.Module) else components.denoiser
+    return next(model.parameters()).device
 
 
 def _medium(sample: Sample) -> Tensor:

@@ -75,6 +75,7 @@ def test_all_in_one_jump_is_not_smooth() -> None:
         ("broken", lambda s: 0.4 * s, {"spread_S": np.array([0.1, 0.1, 0.2, 0.8, 1, 1, 1, 1, 1])}),
         ("broken", lambda s: 0.4 * s, {"contrast_S": np.array([1, 1, 1, 1, 1, 0.8, 0.1, 0.1, 0.1])}),
         ("broken", lambda s: np.where(s > 0.5, 0.1, 0.4 * s), {}),
+        ("broken", lambda s: 0.01 * s, {"kept_PQS": np.full((3, 4, 9), 0.2)}),
         ("uneven", lambda s: np.where(np.abs(s) == 0.5, -0.2 * s, 0.3 * s), {}),
     ],
 )
