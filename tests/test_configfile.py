@@ -565,7 +565,8 @@ CHANGED: dict[str, Any] = {
     "validation_strengths": [], "validation_step_interval": 4, "validation_num_inference_steps": 2, "validation_guidance": 0,
     "validation_resolution": "64x32", "validation_num_video_frames": 9, "validation_image": "first.png",
     "validation_seed": 3,
-    "num_validation_images": 2, "validation_disable": True,
+    "num_validation_images": 2, "validation_disable": True, "validation_report": True, "validation_report_interval": 7,
+    "validation_report_stop": True,
     "strict": True, "text_length": 99, "guidance_embedding": 1.5, "fast": True, "layout": "b",
 }  # fmt: skip
 BUCKET: dict[str, Any] = {

@@ -83,7 +83,7 @@ def _folded(scores: Scores) -> Flag | None:
 def _side(scores: Scores) -> Flag | None:
     if scores.balance >= ONE_SIDED:
         return None
-    text = "one sign of the strength works, and the other one hardly: are its images right, or is there no room left at strength 0?"
+    text = "one sign of the strength works, and the other one hardly: are its images right, and is there room at strength 0?"
     return Flag("one_sided", text)
 
 

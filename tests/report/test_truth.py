@@ -157,7 +157,7 @@ def _truth(images: Sequence[Image.Image], concept: str, strengths: Sequence[floa
 def test_the_response_orders_sliders_checkpoints_and_strengths_as_the_truth_does(sliders: Sliders) -> None:
     """2026-11-21, over all strengths of all: sd1 size 0.99, sd1 brightness 0.96, z_image size 1.00.
 
-    By their range alone, sd1's sliders and checkpoints are in order with 0.90. What misses is the broken one of too high a rate.
+    By their range alone, sd1's sliders and checkpoints are in order with 0.90. What misses is the one of too high a rate.
     """
     found: dict[tuple[str, str], list[Measured]] = {
         ("sd1", "size"): [
@@ -204,8 +204,10 @@ def test_a_good_slider_has_no_flag(sliders: Sliders, family: str) -> None:
 
 @pytest.mark.parametrize("family", ["sd1", "z_image"])
 def test_a_slider_without_room_on_one_side_is_called_one_sided_as_it_is(sliders: Sliders, family: str) -> None:
-    """These prompts and seeds are drawn almost as bright as the world has it: plus can add little, and does (2026-11-21: the true
-    brightness changes by -0.27 and 0.05 for sd1, by -0.30 and 0.08 for z_image)."""
+    """These prompts and seeds are drawn almost as bright as the world has it: plus can add little, and does.
+
+    2026-11-21: the true brightness changes by -0.27 and 0.05 for sd1, by -0.30 and 0.08 for z_image.
+    """
     one = sliders.measured(family, "brightness", "good")
     low, high = one.truth[1], one.truth[5]
     print(family, round(low, 3), round(high, 3), one.card.verdict)
