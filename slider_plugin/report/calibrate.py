@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from slider_hooks import Family
 from slider_plugin.adapterfile import read_adapter, read_tensors
 from slider_plugin.adapters.lycoris_network import CARRYING
 from slider_plugin.errors import UserError
 from slider_plugin.export import write_verified
+from slider_plugin.export.metadata import for_programs
 from slider_plugin.report.card import Card
 from slider_plugin.report.scores import response
 
@@ -77,7 +79,7 @@ def check_calibration(file: Path) -> None:
         raise UserError(f"--calibrate: {file} is calibrated already; start from the file that it was made of")
 
 
-def calibrate(file: Path, card: Card) -> Path:
+def calibrate(file: Path, card: Card, family: Family) -> Path:
     """Write `NAME_calibrated.safetensors` beside a file, and return its path.
 
     Raises:
@@ -101,7 +103,7 @@ def calibrate(file: Path, card: Card) -> Path:
     scaled = _scaled(file, tensors, found.factor)
     names = {name.rsplit(".", 2)[0] for name in scaled}
     ranks = sorted({int(t.shape[0]) for name, t in scaled.items() if name.endswith(".lora_A.weight")})
-    write_verified(path, scaled, header, modules=len(names), ranks=ranks)
+    write_verified(path, scaled, for_programs(header, family, path.stem), modules=len(names), ranks=ranks)
     return path
 
 

@@ -91,7 +91,7 @@ def report(config: RunConfig, adapter_file: Path, folder: Path, options: Options
     )
     written = cards.as_json(card, facts)
     path = cards.write(folder, written, strip(drawn))
-    calibrated = calibrate(adapter_file, card) if options.calibrate else None
+    calibrated = calibrate(adapter_file, card, family.facts) if options.calibrate else None
     return Report(card, written, path, calibrated)
 
 

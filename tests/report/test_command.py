@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from site_packages import Site
 
 from slider_plugin.cli import execute
+from slider_plugin.registry import Plugins
 from slider_plugin.report.scorers import Seer
 from slider_plugin.report.sets import SliderSet
 
@@ -216,7 +217,8 @@ def calibrated(slider: Path) -> tuple[Path, float]:
 
     at = (-2.0, -1.0, 0.0, 1.0, 2.0)
     response = 0.2 * np.array(at)[None, None] * np.ones((1, 2, 1))
-    made = calibrate(slider, card_of(Curves(at, response, np.ones((1, 2, 5)), np.ones(5), np.ones(5)), 0, 1.0))
+    card = card_of(Curves(at, response, np.ones((1, 2, 5)), np.ones(5), np.ones(5)), 0, 1.0)
+    made = calibrate(slider, card, Plugins.discover().facts("sd1"))
     with safe_open(made, "pt") as opened:
         return made, json.loads(opened.metadata()["slider.calibration"])["factor"]
 
@@ -233,6 +235,7 @@ def test_a_calibrated_lora_at_one_is_the_old_one_at_the_factor(slider: Path) -> 
         facts = opened.metadata()
     assert (facts["slider.recommended_min"], facts["slider.recommended_max"]) == ("-1.6", "1.6")
     assert json.loads(facts["slider.strengths"]) == [-0.4, 0.4]
+    assert facts["modelspec.usage_hint"].startswith("strength -1.6 to 1.6")
     assert json.loads(facts["slider.calibration"]) == {
         "factor": 1.25, "fraction": 0.25, "one_is": "full_strength", "reached": 0.25,
     }  # fmt: skip
@@ -243,7 +246,6 @@ def test_a_calibrated_lycoris_file_is_the_old_one_at_the_factor_or_refused(
     project: Project, tmp_path: Path, algo: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from slider_plugin.adapters.attach import attach_file
-    from slider_plugin.registry import Plugins
 
     written = {"algo": algo, "linear_dim": 4, "linear_alpha": 4, "apply_preset": {"target_module": ["attn1.to_q", "conv_in"]}}
     (tmp_path / "lycoris.json").write_text(json.dumps(written))

@@ -222,7 +222,7 @@ def test_calibrated_sliders_of_three_rates_answer_alike_at_one(sliders: Sliders)
     at_one: dict[str, list[float]] = {"+1": [], "half span": []}
     for kind in ("gentle", "good", "strong"):
         config, adapter = sliders.trained("sd1", "size", kind)
-        path = calibrate(adapter, sliders.measured("sd1", "size", kind).card)
+        path = calibrate(adapter, sliders.measured("sd1", "size", kind).card, Plugins.discover().facts("sd1"))
         mean_S = response(measured(config, path, "size", strengths=(-1.0, 1.0)).card.curves)
         at_one["+1"].append(float(mean_S[2]))
         at_one["half span"].append(float(mean_S[2] - mean_S[0]) / 2)
