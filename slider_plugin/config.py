@@ -90,6 +90,24 @@ def _one_line(value: object) -> object:
     return " ".join(value.split()) if isinstance(value, str) else value
 
 
+def _shares(value: object) -> object:
+    """`off` and `on` or two numbers above 0, the lower one first."""
+    word = str(value).strip().lower()
+    if value is None or word in ("off", "false", "no", "none"):
+        return None
+    if word in ("on", "true", "yes"):
+        return SHARES
+    listed = _listed(value)
+    ends = list(listed) if isinstance(listed, (list, tuple)) else []
+    try:
+        low, high = map(float, ends)
+    except (TypeError, ValueError):
+        low, high = 1.0, 0.0
+    if 0.0 < low < high < float("inf"):
+        return low, high
+    raise PydanticCustomError("shares", "is neither on, off nor two rising numbers above 0, such as 0.25,1")
+
+
 def _size(value: object) -> object:
     """1024, "1024" and "1024x768" are sizes; they are kept as text."""
     text = str(value).strip().lower()
@@ -109,6 +127,9 @@ Count = Annotated[int, Field(ge=1), BeforeValidator(_no_bool)]
 Steps = Annotated[int, Field(ge=0), BeforeValidator(_no_bool)]
 Words = Annotated[str, Field(min_length=1, max_length=200), BeforeValidator(_one_line)]
 Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_no_bool)]
+
+SHARES = (0.25, 1.0)
+"""What `random_strength: on` draws from: smaller strengths say little beside the noise."""
 
 STRENGTHS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 
@@ -169,6 +190,24 @@ class PromptConfig(_Strict):
     name: str = Field(min_length=1, description="short; image files are named after it")
     prompt: str = Field(description="the text")
     adapter_strength: Strength | None = Field(None, description="its own strength; without one, validation_adapter_strength")
+
+
+class TextConfig(_Strict):
+    """The prompts of a text slider."""
+
+    target: str = Field(description="what the slider is to change, without a word about the concept; may be empty")
+    positive: str = Field(description="the same with more of the concept")
+    negative: str = Field(description="the same with less of it")
+    attributes: tuple[str, ...] = Field((), description="what is to be preserved; each is put in front of both ends")
+    anchors: tuple[str, ...] = Field((), description="prompts under which nothing may change")
+
+    @model_validator(mode="after")
+    def _two_ends(self) -> TextConfig:
+        if self.positive.strip() == self.negative.strip():
+            raise PydanticCustomError("ends", "positive and negative are the same prompt: nothing says what changes")
+        if len(set(self.attributes)) < len(self.attributes) or not all(a.strip() for a in self.attributes):
+            raise PydanticCustomError("attributes", "attributes has an entry that is empty or there twice")
+        return self
 
 
 class BaseLoraConfig(_Strict):
@@ -277,9 +316,25 @@ class RunConfig(_Strict):
     )
 
     # --- training
-    slider_objective: Literal["bucket", "pair"] = Field(
-        "bucket", description="pair: positive and negative images match by file name, and are trained with the same noise"
+    slider_objective: Annotated[str, Field(min_length=1)] = Field(
+        "bucket",
+        description="bucket; pair: images match by file name; text: prompts alone, images if you like; or an extension's own",
     )
+    pair_target: Literal["noise", "addift"] = Field(
+        "noise", description="pair: noise; addift: what the frozen model answers on the other image, for few steps"
+    )
+    pair_mask: Chance | None = Field(
+        None, description="pair: weight, 0 to 1, of what is alike in both images; None weighs all alike"
+    )
+    slider_text: tuple[TextConfig, ...] = Field(
+        (), description="text: an object of target, positive and negative prompt, attributes, anchors; or a list of such"
+    )
+    text_guidance: Positive = Field(1.0, description="text: factor of the direction; above 1 the answer's norm is kept")
+    text_rollout_steps: Count = Field(20, description="text without images: steps from noise to image of what the model draws")
+    random_strength: Annotated[tuple[float, float] | None, BeforeValidator(_shares)] = Field(
+        None, description="on or LOW,HIGH: share of the strength that each cycle draws, both signs alike; off is always all"
+    )
+    objective_config: dict[str, Any] = Field({}, description="settings of an extension's objective, as an object")
     max_train_steps: Count = Field(1000, description="optimizer steps")
     train_batch_size: Count = Field(1, description="images per draw")
     gradient_accumulation_steps: Count = Field(1, description="draws per optimizer step, rounded up to whole cycles")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slider_hooks import Family, Option
-from slider_plugin.config import BaseLoraConfig, BucketConfig, RunConfig
+from slider_plugin.config import BaseLoraConfig, BucketConfig, RunConfig, TextConfig
 from slider_plugin.documents import parse_flags
 from slider_plugin.errors import ConfigError, UserError
 from slider_plugin.known_keys import (
@@ -23,6 +23,7 @@ from slider_plugin.known_keys import (
     REGULARISATION,
 )
 from slider_plugin.lycoris_file import read_lycoris
+from slider_plugin.objectives import BUILT_IN
 from slider_plugin.paired_data import joined
 from slider_plugin.promptfile import VALIDATION, Prompts
 from slider_plugin.settle import Missing, Settler, plain_name, typed
@@ -35,6 +36,12 @@ INHERITED = (
 """Keys of the configuration that are the defaults of every bucket."""
 
 FAMILY_KEY = "model_family"
+OF_OBJECTIVES = {"pair": ("pair_target", "pair_mask"), "text": ("slider_text", "text_guidance", "text_rollout_steps")}
+"""Keys that mean something to one objective."""
+
+OF_IMAGES = ("bucket", "pair")
+"""Objectives that learn from images."""
+
 SOURCES = {"data_backend_config": "buckets", "user_prompt_library": "prompts", "lycoris_config": "lycoris"}
 """Keys that name a file, and the keys that hold the same in the configuration itself."""
 
@@ -94,9 +101,10 @@ class _Reader(Settler):
         values["prompts"] = Prompts(self).of(values, where)
         values["lycoris"] = read_lycoris(self, values, where)
         values["base_loras"] = self._base_loras(values, where, path)
+        values["slider_text"] = self._text(values, where)
         self._check_together(values, where)
         config: RunConfig | None = self.validated(RunConfig, values, where)
-        self.problems += [f"{where}: {line}" for line in (_together(config) if config else ())]
+        self.problems += [f"{where}: {line}" for line in ((*_together(config), *_objective(config)) if config else ())]
         if self.problems or config is None:
             raise ConfigError(dict.fromkeys(self.problems))
         return config, tuple(dict.fromkeys(self.notes))
@@ -204,14 +212,33 @@ class _Reader(Settler):
         lora: BaseLoraConfig | None = self.validated(BaseLoraConfig, own, place)
         return lora
 
+    # --- prompts of a text slider ---
+
+    def _text(self, values: dict[str, Any], where: str) -> list[TextConfig]:
+        entries = values.pop("slider_text", None) or []
+        entries = [entries] if isinstance(entries, dict) else entries
+        if not isinstance(entries, list):
+            self.problems.append(f"{where}: slider_text: it must be an object of prompts, or a list, not {kind_of(entries)}")
+            return []
+        places = [f"{where}: slider_text" + (f", entry {n}" if len(entries) > 1 else "") for n in range(1, len(entries) + 1)]
+        found = [self._text_set(entry, place) for entry, place in zip(entries, places, strict=True)]
+        return [text for text in found if text is not None]
+
+    def _text_set(self, entry: Any, place: str) -> TextConfig | None:
+        if not isinstance(entry, dict):
+            self.problems.append(f"{place}: it must be an object of prompts, not {kind_of(entry)}")
+            return None
+        text: TextConfig | None = self.validated(TextConfig, self.settle(entry, TextConfig, {}, place, None), place)
+        return text
+
     # --- checks ---
 
     def _check_together(self, values: Mapping[str, Any], where: str) -> None:
         """What no key can be blamed for alone."""
-        if not values["buckets"] and not self.problems:
+        if not values["buckets"] and not self.problems and values.get("slider_objective", "bucket") in OF_IMAGES:
             self.problems.append(
                 f"{where}: there are no images: set data_backend_config to a JSON list of buckets, each with id, "
-                "instance_data_dir and slider_strength"
+                "instance_data_dir and slider_strength (slider_objective text needs none)"
             )
         names = [bucket.id for bucket in values["buckets"]]
         twins = sorted({name for name in names if names.count(name) > 1})
@@ -234,6 +261,19 @@ def _together(config: RunConfig) -> Iterable[str]:
         yield f"lr_end: {config.lr_end:g} is no less than learning_rate {config.learning_rate:g}; give a smaller one"
     if config.timestep_sampling == "uniform" and (config.timestep_logit_mean, config.timestep_logit_scale) != (0.0, 1.0):
         yield "timestep_logit_mean, timestep_logit_scale: they mean nothing to uniform; write timestep_sampling: logit_normal"
+
+
+def _objective(config: RunConfig) -> Iterable[str]:
+    """Keys of an objective that is not the run's."""
+    usual = RunConfig(model_family=config.model_family)
+    for owner, keys in OF_OBJECTIVES.items():
+        for key in keys:
+            if config.slider_objective != owner and getattr(config, key) != getattr(usual, key):
+                yield f"{key}: it is for slider_objective {owner}, and this one is {config.slider_objective}; take it out"
+    if config.slider_objective == "text" and not config.slider_text:
+        yield "slider_text: slider_objective text needs it: an object with target, positive and negative"
+    if config.objective_config and config.slider_objective in BUILT_IN:
+        yield f"objective_config: slider_objective {config.slider_objective} has keys of its own; take it out"
 
 
 def _by_plain_name(written: Mapping[str, Any], name: str) -> Any:

@@ -11,6 +11,7 @@ from slider_hooks import (
     Conditioning,
     Family,
     LoadRequest,
+    Objective,
     PromptEntry,
     ResolvedTargets,
     Sampler,
@@ -46,6 +47,14 @@ def resolve_lora_targets(family: Family, controlnet: Any, request: TargetRequest
     if targets.slider(request.include_joint):
         return ResolvedTargets(expression=targets.slider(request.include_joint), source="slider")
     return ResolvedTargets(expression=suffix_expression(targets.documented or DOCUMENTED), source="documented")
+
+
+@hookimpl
+def build_objective(name: str, config: Mapping[str, Any]) -> Objective | None:
+    """`bucket`, `pair` and `text`."""
+    from slider_plugin.objectives import built_in
+
+    return built_in(name, config)
 
 
 @hookimpl

@@ -24,6 +24,7 @@ from slider_hooks import (
     Conditioning,
     Family,
     LoadRequest,
+    Objective,
     PromptEntry,
     ResolvedTargets,
     Sampler,
@@ -34,6 +35,7 @@ from slider_plugin import console
 from slider_plugin.control import steered
 from slider_plugin.errors import PluginError, UserError
 from slider_plugin.lint import IMPL
+from slider_plugin.objectives import BUILT_IN
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,7 +112,8 @@ class LoadedFamily:
         return noted
 
     def _assert_one_replacement(self) -> None:
-        for hook in (*specs.FOR_EVERY_FAMILY, *specs.SCORERS):
+        several = set(specs.BY_NAME)
+        for hook in (name for name in (*specs.FOR_EVERY_FAMILY, *specs.SCORERS) if name not in several):
             rivals = [impl.plugin_name for impl in self._implementations(hook) if impl.plugin_name not in (DEFAULT, FAMILY)]
             if len(rivals) > 1:
                 keys = [rival.removeprefix("extension ") for rival in rivals]
@@ -128,6 +131,18 @@ class LoadedFamily:
         except re.error as error:
             self._refuse(hook, f"gave {resolved.expression!r}, which is not a regular expression: {error}")
         return resolved
+
+    def build_objective(self, name: str, config: Mapping[str, Any]) -> Objective:
+        hook = "build_objective"
+        answer = self._call(hook, required=False, name=name, config=config)
+        if answer is None:
+            known = ", ".join(BUILT_IN)
+            raise UserError(
+                f"slider_objective: {name!r} is not among {known}, and no installed extension answers to it; correct the "
+                "name, or install the extension that has it"
+            )
+        objective: Objective = self._expect(hook, answer, Objective)
+        return objective
 
     def build_sampler(
         self, buckets: Sequence[BucketInfo], seed: int, weighting: str = "uniform", neutral_scale: float = 1.0
@@ -259,7 +274,7 @@ class LoadedFamily:
         """Those that answer a hook, the one that is asked first at the end."""
         return [impl for impl in self._hooks[hook].get_hookimpls() if not (impl.wrapper or impl.hookwrapper)]
 
-    def _call(self, hook: str, **arguments: Any) -> Any:
+    def _call(self, hook: str, required: bool = True, **arguments: Any) -> Any:
         started = time.perf_counter()
         try:
             answer = self._hooks[hook](family=self.facts, **arguments)
@@ -272,7 +287,7 @@ class LoadedFamily:
         if tracing():
             milliseconds = (time.perf_counter() - started) * 1000
             console.say(f"{hook}: {self._owner(hook)} of {self._row.key}, {milliseconds:.1f} ms: {_gist(answer)}")
-        if answer is None:
+        if answer is None and required:
             self._refuse(hook, "gave None, and nobody else answers")
         return answer
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from slider_hooks import Family
+from slider_hooks import Family, Objective
 from slider_plugin.adapters.attach import check_start, plan_targets
 from slider_plugin.adapters.frozen import check_frozen
 from slider_plugin.common.controlnet import check_controlnet
@@ -18,6 +18,8 @@ from slider_plugin.config import BucketConfig, RunConfig
 from slider_plugin.data.buckets import Bucket, Buckets, open_buckets
 from slider_plugin.data.cache import check_cache
 from slider_plugin.data.conditioning import first_conditioning_image
+from slider_plugin.data.drawn import text_infos
+from slider_plugin.data.encode import Drawn
 from slider_plugin.data.images import check_image as check_image_file
 from slider_plugin.data.pairs import matched
 from slider_plugin.data.sampler import cycle_length
@@ -70,6 +72,12 @@ class Preflight:
     twins: Mapping[str, str]
     """Of matched pairs, the negative bucket by the positive one; empty for other objectives."""
 
+    objective: Objective
+    """What the slider learns from."""
+
+    drawn: Drawn | None
+    """Width, height and frames of the images that a text slider draws itself; None where it draws none."""
+
     neutral_scale: float
     size: tuple[int, int]
     """(width, height) of most training images."""
@@ -92,8 +100,11 @@ def preflight(config: RunConfig, family: LoadedFamily) -> Preflight:
     _or_note(problems, lambda: check_offload(config))
     _or_note(problems, lambda: check_times(config, family, model))
     _or_note(problems, lambda: check_trackers(config))
-    opened = _or_note(problems, lambda: open_buckets(config, alignment(config)))
-    twins = _or_note(problems, lambda: twins_of(config, opened)) or {}
+    objective = _or_note(problems, lambda: family.build_objective(config.slider_objective, config.model_dump(mode="json")))
+    optional = objective is not None and objective.data == "optional"
+    opened = _or_note(problems, lambda: open_buckets(config, alignment(config), optional))
+    twins = _or_note(problems, lambda: twins_of(objective, opened)) or {}
+    drawn = _or_note(problems, lambda: drawn_by_the_model(config, family.facts, objective, opened))
     problems.extend(foreign_data(config, family.facts))
     problems.extend(report_problems(config))
     _or_note(problems, lambda: check_output(config))
@@ -101,9 +112,9 @@ def preflight(config: RunConfig, family: LoadedFamily) -> Preflight:
     _or_note(problems, lambda: check_cache(config))
     if model and draws_any(config):
         _or_note(problems, lambda: _check_first_frame(config, family, model))
-    if problems or model is None or opened is None:
+    if problems or model is None or opened is None or objective is None:
         raise ConfigError(problems)
-    return _facts(config, model, targets, denoiser, opened, twins)
+    return _facts(config, model, targets, denoiser, opened, twins, objective, drawn)
 
 
 def _or_note(problems: list[str], work: Callable[[], T]) -> T | None:
@@ -124,8 +135,11 @@ def _facts(
     denoiser: Module | None,
     opened: Buckets,
     twins: Mapping[str, str],
+    objective: Objective,
+    drawn: Drawn | None,
 ) -> Preflight:
-    cycle = cycle_length([b.info(config.train_batch_size) for b in opened.buckets])
+    infos = [*(b.info(config.train_batch_size) for b in opened.buckets), *(text_infos(1, 1) if drawn else ())]
+    cycle = cycle_length(infos) + (1 if objective.anchors else 0)
     draws = -(-config.gradient_accumulation_steps // cycle) * cycle
     warnings = [*opened.warnings, *(targets.warnings if targets else ()), *optimizer_warnings(config)]
     if draws != config.gradient_accumulation_steps and cycle > 1:
@@ -143,7 +157,9 @@ def _facts(
         twins=twins,
         draws_per_step=draws,
         neutral_scale=config.neutral_strength or max((abs(b.strength or 0.0) for b in opened.buckets), default=0.0) or 1.0,
-        size=_most_common_size(opened),
+        objective=objective,
+        drawn=drawn,
+        size=drawn[:2] if drawn else _most_common_size(opened),
     )
 
 
@@ -186,9 +202,41 @@ def _is_there(bucket: BucketConfig) -> bool:
     return bucket.conditioning_data_dir is not None and bucket.conditioning_data_dir.is_dir()
 
 
-def twins_of(config: RunConfig, opened: Buckets | None) -> dict[str, str]:
+def twins_of(objective: Objective | None, opened: Buckets | None) -> dict[str, str]:
     """The matched pairs of buckets, where the objective is one of pairs. Raises ConfigError with what does not match."""
-    return matched(opened.buckets) if opened is not None and config.slider_objective == "pair" else {}
+    pairs = objective is not None and objective.data == "pairs"
+    return matched(opened.buckets) if opened is not None and pairs else {}
+
+
+def drawn_by_the_model(config: RunConfig, family: Family, objective: Objective | None, opened: Buckets | None) -> Drawn | None:
+    """Width, height and frames of what the model draws where an objective needs no images and has none with a strength.
+
+    Raises:
+        ConfigError: images of one sign alone, or a model that cannot draw such.
+    """
+    if objective is None or objective.data != "optional" or opened is None:
+        return None
+    signs = {(bucket.strength or 0.0) > 0 for bucket in opened.buckets if bucket.strength}
+    if len(signs) == 2:
+        return None
+    name, problems = config.slider_objective, []
+    if signs:
+        there, missing = ("positive", "negative") if True in signs else ("negative", "positive")
+        problems.append(
+            f"slider_objective {name}: there are {there} images and no {missing} ones, and both signs are trained; add "
+            "a bucket, or take the others' slider_strength out, so that they are neutral"
+        )
+    if config.has_controlnet:
+        problems.append(
+            f"controlnet: slider_objective {name} without images has nothing to show it; give buckets of both signs"
+        )
+    if not {"image", "video"} & set(family.modalities):
+        problems.append(f"slider_objective {name}: {family.name} makes no images to be drawn; give buckets of both signs")
+    if problems:
+        raise ConfigError(problems)
+    step, edge = alignment(config), _edge(config.resolution, config.resolution_type)
+    side = max(step, round(edge / step) * step)
+    return side, side, num_frames(config)
 
 
 def num_frames(config: RunConfig) -> int:

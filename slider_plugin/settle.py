@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from slider_hooks import Option
-from slider_plugin.config import BaseLoraConfig, BucketConfig, PromptConfig, RunConfig
+from slider_plugin.config import BaseLoraConfig, BucketConfig, PromptConfig, RunConfig, TextConfig
 from slider_plugin.documents import read_document
 from slider_plugin.errors import UserError
 from slider_plugin.known_keys import ENTRY_RENAMED, MEANT, PROMPT_RENAMED, RENAMED, VALUES, Known
@@ -23,6 +23,7 @@ SPELLINGS: Mapping[type, Mapping[str, str]] = {
     BucketConfig: ENTRY_RENAMED,
     PromptConfig: PROMPT_RENAMED,
     BaseLoraConfig: {},
+    TextConfig: {},
     LycorisConfig: {},
     LycorisPreset: {},
 }

@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from slider_plugin.config import SECTIONS, RunConfig
 
-NOT_FLAGS = ("base_loras", "buckets", "prompts", "lycoris", "family_options")
+NOT_FLAGS = ("base_loras", "buckets", "prompts", "lycoris", "slider_text", "objective_config", "family_options")
 """Keys that only a file can hold."""
 
 SHORT = Repr()

@@ -15,7 +15,7 @@ from torch import Tensor
 from slider_hooks import Components, Flow
 from slider_plugin.configfile import read_config
 from slider_plugin.errors import ConfigError, UserError
-from slider_plugin.objectives.bucket import learning_loss, preservation_loss
+from slider_plugin.objectives.losses import learning_loss, preservation_loss
 from slider_plugin.preflight import preflight
 from slider_plugin.registry import Plugins
 from slider_plugin.training.noise import DiffusionProcess, FlowProcess, noise_process

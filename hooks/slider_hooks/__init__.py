@@ -25,6 +25,7 @@ imported to read a configuration, before anything is loaded.
 from slider_hooks.errors import UserError
 from slider_hooks.markers import ARCHITECTURES, CONTRACT, EXTENSIONS, PROJECT, hookimpl, hookspec
 from slider_hooks.types import (
+    Ask,
     BucketInfo,
     Components,
     Conditioning,
@@ -35,8 +36,10 @@ from slider_hooks.types import (
     Flow,
     Layout,
     LoadRequest,
+    Objective,
     Option,
     PromptEntry,
+    Question,
     ResolvedTargets,
     Sampler,
     TargetRequest,
@@ -51,6 +54,7 @@ __all__ = [
     "CONTRACT",
     "EXTENSIONS",
     "PROJECT",
+    "Ask",
     "BucketInfo",
     "Components",
     "Conditioning",
@@ -61,8 +65,10 @@ __all__ = [
     "Flow",
     "Layout",
     "LoadRequest",
+    "Objective",
     "Option",
     "PromptEntry",
+    "Question",
     "ResolvedTargets",
     "Sampler",
     "TargetRequest",

@@ -17,6 +17,7 @@ from slider_hooks.types import (
     Conditioning,
     Family,
     LoadRequest,
+    Objective,
     PromptEntry,
     ResolvedTargets,
     Sampler,
@@ -77,6 +78,27 @@ def build_sampler(
         @hookimpl
         def build_sampler(buckets, seed):
             return MySampler(buckets, seed)
+    """
+
+
+@hookspec(firstresult=True)
+def build_objective(family: Family, name: str, config: Mapping[str, Any]) -> Objective | None:
+    """Build what the slider learns from. Called in the preflight of a run, before anything is loaded.
+
+    Args:
+        family: the facts of this family.
+        name: `slider_objective`.
+        config: the run's configuration; `objective_config` in it is for objectives of extensions.
+
+    Returns:
+        The objective; None for a name that is not one's own, so that several extensions can stand side by side. Raise
+        `UserError` for a configuration that is wrong. The default knows `bucket`, `pair` and `text`.
+
+    Example::
+
+        @hookimpl
+        def build_objective(name, config):
+            return Mine(**config["objective_config"]) if name == "mine" else None
     """
 
 
@@ -351,6 +373,7 @@ def observe(family: Family, event: str, facts: Mapping[str, Any]) -> None:
 
 HOOKS: tuple[str, ...] = (
     "resolve_lora_targets",
+    "build_objective",
     "build_sampler",
     "validation_prompt_scale",
     "load_components",
@@ -365,11 +388,14 @@ HOOKS: tuple[str, ...] = (
 )
 """The hooks that one owner answers. hooks/README.md has the order in which a run calls them."""
 
-FOR_EVERY_FAMILY: tuple[str, ...] = ("build_sampler", "validation_prompt_scale")
+FOR_EVERY_FAMILY: tuple[str, ...] = ("build_objective", "build_sampler", "validation_prompt_scale")
 """Those of them that an extension may replace or wrap."""
 
 SCORERS: tuple[str, ...] = ("score_images",)
 """The hooks that an extension may answer, and nobody else does."""
+
+BY_NAME: tuple[str, ...] = ("build_objective",)
+"""Those that several extensions may have, since each answers for names of its own."""
 
 OBSERVERS: tuple[str, ...] = ("observe",)
 """The hooks that every extension hears and none answers."""

@@ -5,7 +5,8 @@ Shapes: B batch, C channels, H and W latent (or pixel) rows and columns, T text 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -401,6 +402,97 @@ class Draw:
 
     neutral: bool
     """Whether the frozen model's prediction is to be preserved here instead of learning the images."""
+
+
+# --- What a slider learns from ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """What a denoiser is asked in one forward, one row for each sample."""
+
+    noisy: Tensor
+    """`(B, C, H, W)`, as `predict` gets it."""
+
+    time: Tensor
+    """`(B,)`, in the unit of the noise process."""
+
+    conditioning: Sequence[Conditioning]
+    """One for each sample, on the device."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """One draw with its noise: what the adapter is asked, and all that its answer may be compared with."""
+
+    draw: Draw
+    """Its bucket, and the sign and size of its whole strength in `scale`."""
+
+    turn: int
+    """Which cycle of the run it belongs to; all draws of a cycle share noise and time."""
+
+    ask: Ask
+    """What the denoiser with the adapter is asked, at the scale `strength * draw.scale`."""
+
+    clean: Tensor
+    """The latents of the images `(B, C, H, W)`, float32; zeros where there are none."""
+
+    noise: Tensor
+    """Standard normal, the same for all draws of a cycle."""
+
+    twin: Tensor | None
+    """Of matched pairs the latents of the other side's images, in the same order."""
+
+    strength: float
+    """The share of `draw.scale` that the adapter runs at, which `random_strength` draws; else 1."""
+
+    add_noise: Callable[[Tensor, Tensor], Tensor]
+    """From clean latents and noise to noisy latents, at the times of `ask`."""
+
+    truth: Callable[[Tensor, Tensor], Tensor]
+    """From clean latents and noise to the answer that is right for them, at the times of `ask`; linear in both."""
+
+    told: Callable[[str], Sequence[Conditioning]]
+    """The conditioning of `ask` with another prompt, one of `Objective.prompts`, in the place of its own."""
+
+
+class Objective(ABC):
+    """What the adapter learns from. The host draws, noises, keeps neutral images as they are, weighs times and trains; an
+    objective says for a draw with a sign which answer is right. All answers are in the convention of the noise process, and
+    `f_s` is the denoiser with the adapter at scale s.
+    """
+
+    data: Literal["buckets", "pairs", "optional"] = "buckets"
+    """Which images it needs: buckets with a strength; pairs of them matched by file name; none."""
+
+    prompts: tuple[str, ...] = ()
+    """All texts that it asks about, besides captions; the host encodes them."""
+
+    anchors: tuple[str, ...] = ()
+    """Prompts for which nothing may change: `f_s` is kept at `f_0`, in draws of their own."""
+
+    def prompt(self, turn: int) -> str | None:
+        """What the denoiser is told in the draws with a sign of a cycle, one of `prompts`; None for the images' captions."""
+        return None
+
+    def asks(self, question: Question) -> Sequence[Ask]:
+        """What the frozen model `f_0` is asked for a draw; all is answered in one forward without gradient."""
+        return ()
+
+    @abstractmethod
+    def target(self, question: Question, frozen: Sequence[Tensor]) -> Tensor:
+        """The right answer `(B, C, H, W)` at the whole strength, `draw.scale`.
+
+        At the share u of it the host takes `f_0 + u (target - f_0)`.
+
+        Args:
+            question: the draw.
+            frozen: the answers of `f_0` to `asks`.
+        """
+
+    def weight(self, question: Question) -> Tensor | None:
+        """What the squared error is weighed by, `(B, 1, H, W)` or whatever broadcasts; None weighs all alike."""
+        return None
 
 
 @runtime_checkable

@@ -132,23 +132,26 @@ class Buckets:
         return tuple(bucket.info(batch_size) for bucket in self.buckets)
 
 
-def open_buckets(config: RunConfig, alignment: int) -> Buckets:
+def open_buckets(config: RunConfig, alignment: int, optional: bool = False) -> Buckets:
     """Scan the folders of all buckets that are not disabled.
 
     Args:
         config: the run; folders are absolute.
         alignment: sides of training images are multiples of this, in pixels.
+        optional: whether prompts say what changes, so that there may be no buckets, or neutral ones alone.
 
     Raises:
         ConfigError: everything that is wrong with any bucket.
     """
     wanted = [bucket for bucket in config.buckets if not bucket.disabled]
     scans = [_scan(bucket, config, alignment) for bucket in wanted]
+    if optional and not wanted:
+        return Buckets((), ())
     problems = _together(wanted) + [problem for scan in scans for problem in scan.problems()]
     if problems:
         raise ConfigError(problems, where="the buckets")
     buckets = tuple(scan.bucket() for scan in scans)
-    return Buckets(buckets, (*(line for scan in scans for line in scan.warnings()), *_warnings(buckets)))
+    return Buckets(buckets, (*(line for scan in scans for line in scan.warnings()), *_warnings(buckets, optional)))
 
 
 # --- Scanning one folder ----------------------------------------------------------------------------------------------
@@ -262,11 +265,11 @@ def _together(wanted: Sequence[BucketConfig]) -> list[str]:
     return [f"{count} buckets have the id {name!r}: give each its own" for name, count in counts.items() if count > 1]
 
 
-def _warnings(buckets: Sequence[Bucket]) -> list[str]:
+def _warnings(buckets: Sequence[Bucket], optional: bool) -> list[str]:
     positive = [bucket for bucket in buckets if (bucket.strength or 0) > 0]
     negative = [bucket for bucket in buckets if (bucket.strength or 0) < 0]
     return [
-        *_one_sided(positive, negative),
+        *([] if optional and not (positive or negative) else _one_sided(positive, negative)),
         *_far_apart(positive + negative),
         *(line for bucket in buckets for line in _of_one(bucket)),
     ]

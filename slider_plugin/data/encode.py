@@ -8,19 +8,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from slider_hooks import BucketInfo, Components, Conditioning, Draw
+from slider_hooks import BucketInfo, Components, Conditioning, Draw, Objective
 from slider_plugin import console
 from slider_plugin.config import RunConfig
 from slider_plugin.control import SHOWN, encode_for_controlnet
-from slider_plugin.data.buckets import Bucket, Item
+from slider_plugin.data.buckets import Bucket, Item, Sample
 from slider_plugin.data.cache import Entry, Kept, Memory, Store
+from slider_plugin.data.drawn import ANCHOR, text_infos
 from slider_plugin.data.fingerprint import described_controlnet
 from slider_plugin.data.media import KINDS
 from slider_plugin.errors import UserError
@@ -63,10 +64,16 @@ class Batch:
     share: Share = ALL
     """What the process takes of each draw."""
 
+    twin_BCHW: Tensor | None = None
+    """Of matched pairs the latents of the other side's images."""
+
+    drawn: int = 0
+    """Samples of the whole draw where the model draws images of its own, and `clean_BCHW` is zeros; 0 where there are files."""
+
     @property
     def part(self) -> Part:
         """Which samples of the draw these are."""
-        return self.share.of(len(self.files))
+        return self.share.of(self.drawn or len(self.files))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,21 +105,82 @@ class Encoded:
     share: Share
     caption_dropout: float
     device: torch.device
+    twins: Mapping[str, str] = field(default_factory=dict)
+    """Of matched pairs, each bucket's other side."""
+
+    objective: Objective | None = None
+    """May tell draws with a sign another prompt than their captions."""
+
+    cycle: int = 1
+    """Draws in one cycle."""
+
+    blank_CHW: Tensor | None = None
+    """Zeros in the shape of latents, where the model draws images of its own for want of buckets with a strength."""
 
     def infos(self) -> tuple[BucketInfo, ...]:
         """The buckets as the sampler sees them."""
-        return tuple(bucket.info(self.batch_size) for bucket in self.buckets.values())
+        infos = tuple(bucket.info(self.batch_size) for bucket in self.buckets.values())
+        if self.blank_CHW is None:
+            return infos
+        return (*text_infos(sum(info.batches for info in infos), self.batch_size), *infos)
 
     def batch(self, draw: Draw) -> Batch:
         """This process's share of a draw; images and captions are the same for the same draw in any number of processes."""
-        samples = self.buckets[draw.bucket].batch(draw.epoch, draw.index, self.seed, self.batch_size)
+        source = self._source(draw)
+        if source is None:
+            return self._drawn(draw)
+        samples = self._samples(source)
         mine = self.share.of(len(samples)).places
-        captions = self._with_dropout(draw, [s.caption for s in samples])[mine]
-        keys = [(draw.bucket, s.item.path) for s in samples[mine]]
-        clean_BCHW = torch.stack([self.latents[key] for key in keys]).to(self.device)
+        captions = self._captions(draw, [s.caption for s in samples])[mine]
+        keys = [(source.bucket, s.item.path) for s in samples[mine]]
         told = [{**self.prompts[caption], **self.conditions[key]} for caption, key in zip(captions, keys, strict=True)]
+        conditioning = tuple(_to(c, self.device) for c in told)
         files = tuple(s.item.path for s in samples)
-        return Batch(draw, clean_BCHW, tuple(_to(c, self.device) for c in told), files, self.share)
+        return Batch(draw, self._latents(keys), conditioning, files, self.share, self._twin(source, mine))
+
+    def told(self, conditioning: Sequence[Conditioning], prompt: str) -> list[Conditioning]:
+        """The conditioning of samples with another prompt in the place of their own; what is told about images stays."""
+        text = _to(self.prompts[prompt], self.device)
+        return [{**own, **text} for own in conditioning]
+
+    def _samples(self, source: Draw) -> list[Sample]:
+        return self.buckets[source.bucket].batch(source.epoch, source.index, self.seed, self.batch_size)
+
+    def _latents(self, keys: Sequence[tuple[str, Path]]) -> Tensor:
+        return torch.stack([self.latents[key] for key in keys]).to(self.device)
+
+    def _twin(self, source: Draw, mine: slice) -> Tensor | None:
+        other = self.twins.get(source.bucket)
+        if other is None:
+            return None
+        return self._latents([(other, s.item.path) for s in self._samples(replace(source, bucket=other))[mine]])
+
+    def _source(self, draw: Draw) -> Draw | None:
+        """The draw whose images are taken: its own; for an anchor one of the signed buckets in turn; None if there is none."""
+        if draw.bucket in self.buckets:
+            return draw
+        signed = [info for info in self.infos() if info.strength and info.name in self.buckets]
+        if draw.bucket != ANCHOR or not signed:
+            return None
+        rounds, place = divmod(draw.index, len(signed))
+        epoch, index = divmod(rounds, signed[place].batches)
+        return replace(draw, bucket=signed[place].name, epoch=epoch, index=index)
+
+    def _drawn(self, draw: Draw) -> Batch:
+        """A batch whose images the model will draw."""
+        assert self.blank_CHW is not None
+        part = self.share.of(self.batch_size)
+        text = _to(self.prompts[self._captions(draw, [""])[0]], self.device)
+        clean_BCHW = self.blank_CHW.expand(part.count, *self.blank_CHW.shape).clone().to(self.device)
+        return Batch(draw, clean_BCHW, (text,) * part.count, (), self.share, drawn=self.batch_size)
+
+    def _captions(self, draw: Draw, captions: list[str]) -> list[str]:
+        """What the samples of a draw are told."""
+        if draw.bucket == ANCHOR:
+            anchors = self.objective.anchors if self.objective else ()
+            return [anchors[draw.index % len(anchors)]] * len(captions)
+        prompt = self.objective.prompt(draw.position // self.cycle) if self.objective and not draw.neutral else None
+        return self._with_dropout(draw, captions) if prompt is None else [prompt] * len(captions)
 
     def _with_dropout(self, draw: Draw, captions: list[str]) -> list[str]:
         if not self.caption_dropout:
@@ -130,6 +198,10 @@ def encode_once(
     store: Store,
     prepare: Callable[[], object] = lambda: None,
     processes: Processes | None = None,
+    objective: Objective | None = None,
+    twins: Mapping[str, str] | None = None,
+    drawn: Drawn | None = None,
+    cycle: int = 1,
 ) -> Encoded:
     """Encode those images and captions of the buckets that the store does not hold.
 
@@ -145,6 +217,10 @@ def encode_once(
         store: where results are kept; what it holds already must have been made by the same model and code.
         prepare: called before the first hook, and not at all where there is nothing to encode.
         processes: those that call this together; each encodes some of the batches, and all read what is on the disk then.
+        objective: whose prompts are encoded with the captions.
+        twins: of matched pairs, the negative bucket by the positive one.
+        drawn: width, height and frames of what the model draws for want of images; None if it draws nothing.
+        cycle: draws in one cycle.
 
     Raises:
         UserError: an image cannot be decoded after all, or an encoder gave values that are not finite.
@@ -154,7 +230,9 @@ def encode_once(
     captions = {c: None for bucket in buckets for item in bucket.items for c in item.captions}
     if config.caption_dropout_probability:
         captions[""] = None
-    prompts = {caption: _key("prompt", caption) for caption in captions}
+    spoken = (*objective.prompts, *objective.anchors) if objective else ()
+    prompts = {caption: _key("prompt", caption) for caption in (*captions, *spoken)}
+    blank = {_key("blank", drawn): drawn} if drawn else {}
     shown = _shown_keys(store, components, buckets)
 
     def missing() -> list[_Chunk]:
@@ -162,6 +240,7 @@ def encode_once(
             *_image_chunks(buckets, images, store, "images"),
             *_image_chunks(buckets, shown, store, "conditioning images"),
             *_prompt_chunks(prompts, store),
+            *(_Chunk("blank images", None, {key: size}) for key, size in blank.items() if key not in store),
         ]
 
     work = _Encoders(family, components, device, config.max_image_pixels, rate)
@@ -180,6 +259,10 @@ def encode_once(
         share=processes.share,
         caption_dropout=config.caption_dropout_probability,
         device=device,
+        twins={**(twins or {}), **{other: one for one, other in (twins or {}).items()}},
+        objective=objective,
+        cycle=cycle,
+        blank_CHW=next((torch.zeros_like(store.tensor(key, LATENTS)) for key in blank), None),
     )
 
 
@@ -224,7 +307,9 @@ def _digest(buckets: Sequence[Bucket], *keys: Mapping[tuple[str, Path], str]) ->
     return _key([[(item.captions, [found.get((b.name, item.path)) for found in keys]) for item in b.items] for b in buckets])
 
 
-What = Literal["images", "conditioning images", "captions"]
+What = Literal["images", "conditioning images", "captions", "blank images"]
+Drawn = tuple[int, int, int]
+"""Width, height and frames of images that the model draws."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +398,8 @@ class _Encoders:
 
     def encoded(self, what: What, bucket: Bucket | None, members: Mapping[str, Any]) -> dict[str, Entry]:
         """The entries of a chunk."""
+        if what == "blank images":
+            return self._blank(members)
         if bucket is None:
             return self._prompts(members)
         return self._images(bucket, members) if what == "images" else self._shown(bucket, members)
@@ -336,6 +423,20 @@ class _Encoders:
         media_B = self._media(bucket, [(item.conditioning or item.path, item) for item in items.values()])
         shown_B = encode_for_controlnet(self.family, self.components, media_B)
         return {key: _kept({SHOWN: shown}) for key, shown in zip(items, shown_B, strict=True)}
+
+    def _blank(self, sizes: Mapping[str, Drawn]) -> dict[str, Entry]:
+        """Latents of black images, for their shape."""
+        entries: dict[str, Entry] = {}
+        for key, (width, height, frames) in sizes.items():
+            shape = (frames, height, width) if "video" in self.family.facts.modalities else (height, width)
+            media_1 = torch.zeros(1, 3, *shape, device=self.device, dtype=image_dtype(self.components))
+            if self.family.condition_on_images(self.components, media_1)[0]:
+                raise UserError(
+                    f"slider_objective: {self.family.facts.name} is told an image beside the prompt, so a text slider needs "
+                    "images, too: give a positive and a negative bucket"
+                )
+            entries[key] = {LATENTS: self.family.encode_images(self.components, media_1)[0].float().cpu().clone()}
+        return entries
 
     def _prompts(self, captions: Mapping[str, str]) -> dict[str, Entry]:
         """What the denoiser is told about each caption."""

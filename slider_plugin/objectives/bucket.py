@@ -17,22 +17,15 @@ weight on one alone would shift the balance between learning and preserving from
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-
-def learning_loss(prediction_BCHW: Tensor, target_BCHW: Tensor, weight_B: Tensor | None = None) -> Tensor:
-    """Mean squared error of `f_s` towards the images' own target, a float32 scalar; `weight_B` weighs the samples."""
-    return _squared_error(prediction_BCHW, target_BCHW, weight_B)
+from slider_hooks import Objective, Question
 
 
-def preservation_loss(prediction_BCHW: Tensor, frozen_BCHW: Tensor, weight_B: Tensor | None = None) -> Tensor:
-    """Mean squared error of `f_s` towards `f_0`, a float32 scalar; `weight_B` weighs the samples."""
-    return _squared_error(prediction_BCHW, frozen_BCHW, weight_B)
+class Bucket(Objective):
+    """Each image is its own target, at its bucket's strength."""
 
-
-def _squared_error(answer_BCHW: Tensor, target_BCHW: Tensor, weight_B: Tensor | None) -> Tensor:
-    """`mean_B(weight_B * mean_CHW((answer - target)^2))`."""
-    error_BCHW = (answer_BCHW.float() - target_BCHW.float()).square()
-    if weight_B is None:
-        return error_BCHW.mean()
-    return (weight_B.to(error_BCHW.device) * error_BCHW.flatten(1).mean(1)).mean()
+    def target(self, question: Question, frozen: Sequence[Tensor]) -> Tensor:
+        return question.truth(question.clean, question.noise)

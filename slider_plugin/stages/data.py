@@ -41,7 +41,10 @@ def encode(config: RunConfig, family: LoadedFamily, components: Components, chec
     started = time.perf_counter()
     store, where = _open_store(config, family, components, checked.model, machine)
     prepare = partial(move, components, machine.device)
-    data = encode_once(family, components, checked.buckets, config, machine.device, store, prepare, Processes(machine))
+    data = encode_once(
+        family, components, checked.buckets, config, machine.device, store, prepare, Processes(machine),
+        checked.objective, checked.twins, checked.drawn, checked.cycle,
+    )  # fmt: skip
     images = _counted("images", len(data.latents), data.fresh_images)
     captions = _counted("captions", len(data.prompts), data.fresh_prompts)
     console.say(f"{images}; {captions}, in {time.perf_counter() - started:.1f} s ({where})")

@@ -16,6 +16,7 @@ from slider_plugin.adapterfile import read_tensors
 from slider_plugin.adapters.attach import CONTROLNET, component_of
 from slider_plugin.adapters.frozen import check_frozen, frozen_metadata, other_base
 from slider_plugin.config import RunConfig
+from slider_plugin.data.drawn import TEXT
 from slider_plugin.errors import ConfigError, UserError
 from slider_plugin.export import slider_metadata
 from slider_plugin.export.command import comfyui_file
@@ -171,7 +172,7 @@ def write_slider(config: RunConfig, trainer: Trainer, targets: TargetPlan, check
         plugin_version=family.version,
         targets=targets.expression,
         targets_source=targets.source,
-        strengths=sorted({b.strength or 0.0 for b in checked.buckets}),
+        strengths=sorted({b.strength or 0.0 for b in checked.buckets} | (set(TEXT) if checked.drawn else set())),
         adapter=adapter.facts(),
         steps=step,
         seed=config.seed,

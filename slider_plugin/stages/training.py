@@ -12,6 +12,7 @@ from slider_plugin import console
 from slider_plugin.adapters.base import Adapter
 from slider_plugin.config import RunConfig
 from slider_plugin.configfile import to_json
+from slider_plugin.data.drawn import AnchorSampler
 from slider_plugin.data.encode import Encoded
 from slider_plugin.data.pairs import PairSampler
 from slider_plugin.errors import UserError
@@ -28,7 +29,7 @@ from slider_plugin.training.pairing import Pairing
 from slider_plugin.training.parking import Parked
 from slider_plugin.training.processes import Processes, sharded
 from slider_plugin.training.resuming import changes, check_found, facts_of, resume_schedule
-from slider_plugin.training.times import Times
+from slider_plugin.training.times import WHOLE, Times
 from slider_plugin.training.watch import Metrics, interruptible
 
 if TYPE_CHECKING:
@@ -47,11 +48,16 @@ def build_sampler(config: RunConfig, family: LoadedFamily, data: Encoded, checke
         return family.build_sampler(buckets, config.seed, config.data_backend_sampling, checked.neutral_scale)
 
     if not checked.twins:
-        return build(data.infos())
+        return _with_anchors(build(data.infos()), checked)
     strengths = {info.name: info.strength or 0.0 for info in data.infos()}
     neutral = [info for info in data.infos() if not info.strength]
     positive = build([info for info in data.infos() if info.name in checked.twins])
-    return PairSampler(positive, build(neutral) if neutral else None, checked.twins, strengths)
+    return _with_anchors(PairSampler(positive, build(neutral) if neutral else None, checked.twins, strengths), checked)
+
+
+def _with_anchors(sampler: Sampler, checked: Preflight) -> Sampler:
+    anchors = len(checked.objective.anchors)
+    return AnchorSampler(sampler, checked.cycle - 1, anchors, checked.neutral_scale) if anchors else sampler
 
 
 def build_trainer(
@@ -65,6 +71,11 @@ def build_trainer(
     machine: Accelerator,
 ) -> Trainer:
     """Bring optimizer, schedule and noise together, and go back to a checkpoint if one is asked for."""
+    if checked.drawn and components.time_range != WHOLE:
+        raise UserError(
+            f"slider_objective {config.slider_objective}: this denoiser answers for a part of the noise alone and cannot draw "
+            "from pure noise; give buckets of both signs"
+        )
     optimizer = make_optimizer(config, adapter.parameters())
     trainer = Trainer(
         family=family,
@@ -73,6 +84,9 @@ def build_trainer(
         data=data,
         sampler=sampler,
         noise=noise_process(family.facts, components, Times.of(config)),
+        objective=checked.objective,
+        random_strength=config.random_strength,
+        rollout_steps=config.text_rollout_steps,
         accelerator=machine,
         optimizer=optimizer,
         schedule=make_schedule(config, optimizer),

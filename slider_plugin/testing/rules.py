@@ -22,7 +22,7 @@ from torch import Tensor
 from slider_hooks import Diffusion, Flow, PromptEntry, TargetRequest
 from slider_plugin.adapters.base import Adapter
 from slider_plugin.adapters.peft_lora import LoraAdapter
-from slider_plugin.objectives.bucket import learning_loss
+from slider_plugin.objectives.losses import learning_loss
 from slider_plugin.targets import resolve_targets
 from slider_plugin.testing import oracle, probe, reload, sameness
 from slider_plugin.testing.subject import PROMPTS, Subject

@@ -13,24 +13,27 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from slider_hooks import Components, Conditioning, Draw, Sampler
+from slider_hooks import Ask, Components, Conditioning, Draw, Objective, Question, Sampler
 from slider_plugin.adapters.base import Adapter
 from slider_plugin.adapters.samples import NotPerSample, Scale
+from slider_plugin.data.drawn import ANCHOR
 from slider_plugin.data.encode import Batch, Encoded
 from slider_plugin.errors import UserError
-from slider_plugin.objectives.bucket import learning_loss, preservation_loss
+from slider_plugin.objectives.bucket import Bucket
+from slider_plugin.objectives.losses import anchor_loss, learning_loss, preservation_loss, share_of
 from slider_plugin.training.ema import Ema
 from slider_plugin.training.noise import NoiseProcess
 from slider_plugin.training.optimizers import present_rate
 from slider_plugin.training.pairing import Pairing, why_not
 from slider_plugin.training.processes import Processes
+from slider_plugin.training.rollout import rollout
 from slider_plugin.training.seeds import derived_seed, generator, seed_device
 
 if TYPE_CHECKING:
@@ -53,6 +56,15 @@ class Trainer:
     data: Encoded
     sampler: Sampler
     noise: NoiseProcess
+    objective: Objective = field(default_factory=Bucket)
+    """What the adapter learns from."""
+
+    random_strength: tuple[float, float] | None = None
+    """The shares of their strengths that cycles draw; None is always all."""
+
+    rollout_steps: int = 20
+    """From noise to image, where the model draws what it is asked about."""
+
     accelerator: Accelerator
     optimizer: torch.optim.Optimizer
     schedule: Any
@@ -172,7 +184,7 @@ class Trainer:
         """One forward and one backward over the draws of these batches, each sample at its draw's scale."""
         own = [self.processes.index] if self.processes.index else []  # or all shares would lose the same features to dropout
         seed_device(derived_seed(self.seed, "model", batches[0].draw.position, *own), self.accelerator.device)
-        with self.adapter.scaled(_scale(batches)):  # until after backward: checkpointing runs the forward again
+        with self.adapter.scaled(self._scale(batches)):  # until after backward: checkpointing runs the forward again
             losses = self.losses(batches)
             shares = [batch.part.weight * loss for batch, loss in zip(batches, losses, strict=True)]
             self.accelerator.backward(torch.stack(shares).sum() / self.draws_per_step)
@@ -184,39 +196,122 @@ class Trainer:
 
     def losses(self, batches: Sequence[Batch]) -> list[Tensor]:
         """The loss of each draw at the adapter's present scale, float32 scalars; one forward over the samples of all draws."""
-        questions = [self._question(batch) for batch in batches]
-        frozen_BCHW = self._frozen([question for question in questions if question.batch.draw.neutral])
-        answers_BCHW = self._answers(questions)
+        questions = self._questions(batches)
+        targets = self._targets(questions)
+        answers = self._answers([question.ask for question in questions])
         return [
-            preservation_loss(answer_BCHW, next(frozen_BCHW), question.weight_B)
-            if question.batch.draw.neutral
-            else learning_loss(answer_BCHW, question.target_BCHW, question.weight_B)
-            for question, answer_BCHW in zip(questions, answers_BCHW, strict=True)
+            self._loss(question, answer_BCHW, target_BCHW)
+            for question, answer_BCHW, target_BCHW in zip(questions, answers, targets, strict=True)
         ]
 
-    def _question(self, batch: Batch) -> Question:
-        """A batch with noise; the draws of a cycle share it, and the time. Both are drawn for the whole batch."""
+    def _loss(self, question: Question, answer_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
+        weight_B = self.noise.weight(question.ask.time)
+        if question.draw.bucket == ANCHOR:
+            return anchor_loss(answer_BCHW, target_BCHW, weight_B)
+        if question.draw.neutral:
+            return preservation_loss(answer_BCHW, target_BCHW, weight_B)
+        return learning_loss(answer_BCHW, target_BCHW, weight_B, self.objective.weight(question))
+
+    def _targets(self, questions: Sequence[Question]) -> list[Tensor]:
+        """What each draw's answer should be: for neutral ones the frozen model's, else the objective's."""
+        asked = [[] if question.draw.neutral else list(self.objective.asks(question)) for question in questions]
+        asks = {id(ask): ask for q, of_q in zip(questions, asked, strict=True) for ask in (*_own(q), *of_q)}
+        frozen = dict(zip(asks, self._frozen(list(asks.values())), strict=True))
+        return [
+            self._target(question, frozen.get(id(question.ask)), [frozen[id(ask)] for ask in of_question])
+            for question, of_question in zip(questions, asked, strict=True)
+        ]
+
+    def _target(self, question: Question, own_BCHW: Tensor | None, frozen: Sequence[Tensor]) -> Tensor:
+        """At the drawn share of the strength; `own_BCHW` is the frozen answer to the draw's own question."""
+        if question.draw.neutral:
+            assert own_BCHW is not None
+            return own_BCHW
+        target_BCHW = self.objective.target(question, frozen)
+        if question.strength == 1.0 or own_BCHW is None:
+            return target_BCHW
+        return share_of(own_BCHW, target_BCHW, question.strength)
+
+    def _questions(self, batches: Sequence[Batch]) -> list[Question]:
+        """Batches with noise; the draws of a cycle share it, and the time. Both are drawn for the whole batch."""
+        noise = [self._noise(batch) for batch in batches]
+        times = [self._time(batch) for batch in batches]
+        noisy = [
+            self.noise.add_noise(batch.clean_BCHW, noise_BCHW, time_B)
+            for batch, noise_BCHW, time_B in zip(batches, noise, times, strict=True)
+        ]
+        drawn = [place for place, batch in enumerate(batches) if batch.drawn]
+        rolled = self._rolled([batches[i] for i in drawn], [noise[i] for i in drawn], [times[i] for i in drawn])
+        for place, latents_BCHW in zip(drawn, rolled, strict=True):
+            noisy[place] = latents_BCHW
+        return [self._question(*facts) for facts in zip(batches, noise, times, noisy, strict=True)]
+
+    def _question(self, batch: Batch, noise_BCHW: Tensor, time_B: Tensor, noisy_BCHW: Tensor) -> Question:
+        return Question(
+            draw=batch.draw,
+            turn=batch.draw.position // self.cycle,
+            ask=Ask(noisy=noisy_BCHW, time=time_B, conditioning=batch.conditioning),
+            clean=batch.clean_BCHW,
+            noise=noise_BCHW,
+            twin=batch.twin_BCHW,
+            strength=self._share(batch.draw),
+            add_noise=lambda clean_BCHW, noise_BCHW: self.noise.add_noise(clean_BCHW, noise_BCHW, time_B),
+            truth=lambda clean_BCHW, noise_BCHW: self.noise.target(clean_BCHW, noise_BCHW, time_B),
+            told=lambda prompt: self.data.told(batch.conditioning, prompt),
+        )
+
+    def _noise(self, batch: Batch) -> Tensor:
         cycle, part, shape = batch.draw.position // self.cycle, batch.part, batch.clean_BCHW.shape[1:]
-        time_B = self.noise.draw_time(part.whole, generator(self.seed, "time", cycle), tuple(shape[1:]))[part.places]
         noise_BCHW = torch.randn((part.whole, *shape), generator=generator(self.seed, "noise", cycle))[part.places]
-        noise_BCHW = noise_BCHW.to(batch.clean_BCHW.device)
-        noisy_BCHW = self.noise.add_noise(batch.clean_BCHW, noise_BCHW, time_B)
-        target_BCHW = self.noise.target(batch.clean_BCHW, noise_BCHW, time_B)
-        return Question(batch, noisy_BCHW, time_B, target_BCHW, self.noise.weight(time_B))
+        return noise_BCHW.to(batch.clean_BCHW.device)
 
-    def _frozen(self, questions: Sequence[Question]) -> Iterator[Tensor]:
+    def _time(self, batch: Batch) -> Tensor:
+        cycle, part, shape = batch.draw.position // self.cycle, batch.part, batch.clean_BCHW.shape[1:]
+        return self.noise.draw_time(part.whole, generator(self.seed, "time", cycle), tuple(shape[1:]))[part.places]
+
+    def _share(self, draw: Draw) -> float:
+        """The share of its strength that a draw is trained at: one for all of a cycle."""
+        if self.random_strength is None:
+            return 1.0
+        low, high = self.random_strength
+        numbers = generator(self.seed, "strength", draw.position // self.cycle)
+        return low + (high - low) * float(torch.rand((), generator=numbers))
+
+    def _rolled(self, batches: Sequence[Batch], noise: Sequence[Tensor], times: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The noisy latents that the model draws with the adapter at each draw's strength, all in one go."""
+        if not batches:
+            return []
+        conditioning = [told for batch in batches for told in batch.conditioning]
+        with torch.no_grad(), self.adapter.scaled(self._scale(batches)):
+            noisy_BCHW = rollout(
+                self.noise,
+                lambda noisy_BCHW, time_B: self.predict(noisy_BCHW, time_B, conditioning),
+                torch.cat(list(noise)),
+                torch.cat(list(times)),
+                self.rollout_steps,
+            )
+        rolled: Sequence[Tensor] = noisy_BCHW.split([len(time_B) for time_B in times])
+        return rolled
+
+    def _scale(self, batches: Sequence[Batch]) -> Scale:
+        """The scale of one draw, or one for each sample of several."""
+        scales = [self._share(batch.draw) * batch.draw.scale for batch in batches]
+        if len(batches) == 1:
+            return scales[0]
+        return [scale for batch, scale in zip(batches, scales, strict=True) for _ in batch.conditioning]
+
+    def _frozen(self, asks: Sequence[Ask]) -> Sequence[Tensor]:
         """The frozen model's answers, one forward without gradient."""
-        if not questions:
-            return iter(())
+        if not asks:
+            return ()
         with torch.no_grad(), self.adapter.scaled(0.0):  # not disabled: a process that skips the adapter would hang the others
-            return iter(self._answers(questions))
+            return self._answers(asks)
 
-    def _answers(self, questions: Sequence[Question]) -> Sequence[Tensor]:
+    def _answers(self, asks: Sequence[Ask]) -> Sequence[Tensor]:
         """The answers to each question, from one forward over all."""
-        noisy_BCHW = torch.cat([question.noisy_BCHW for question in questions])
-        time_B = torch.cat([question.time_B for question in questions])
-        conditioning = [told for question in questions for told in question.batch.conditioning]
-        answers: Sequence[Tensor] = self.predict(noisy_BCHW, time_B, conditioning).split([len(q.time_B) for q in questions])
+        noisy_BCHW, time_B = torch.cat([ask.noisy for ask in asks]), torch.cat([ask.time for ask in asks])
+        conditioning = [told for ask in asks for told in ask.conditioning]
+        answers: Sequence[Tensor] = self.predict(noisy_BCHW, time_B, conditioning).split([len(ask.time) for ask in asks])
         return answers
 
     def predict(self, noisy_BCHW: Tensor, time_B: Tensor, conditioning: Sequence[Conditioning]) -> Tensor:
@@ -255,25 +350,9 @@ def _way_back(error: Exception) -> str:
     return "both signs do not fit into memory together" if no_memory else ""
 
 
-def _scale(batches: Sequence[Batch]) -> Scale:
-    """The scale of one draw, or one for each sample of several."""
-    if len(batches) == 1:
-        return batches[0].draw.scale
-    return [batch.draw.scale for batch in batches for _ in batch.conditioning]
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What the denoiser is asked in one draw, and what it should answer."""
-
-    batch: Batch
-    noisy_BCHW: Tensor
-    time_B: Tensor
-    target_BCHW: Tensor
-    """Of the images themselves; a neutral draw's is the frozen model's answer instead."""
-
-    weight_B: Tensor | None
-    """What the samples' losses are multiplied by; None where all weigh 1."""
+def _own(question: Question) -> list[Ask]:
+    """The draw's own question, where the frozen model is to answer it whatever the objective asks."""
+    return [question.ask] if question.draw.neutral or question.strength != 1.0 else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +374,9 @@ class DrawReport:
 
     @property
     def sign(self) -> str:
-        """positive, negative or neutral."""
+        """positive, negative, neutral or anchor."""
+        if self.draw.bucket == ANCHOR:
+            return "anchor"
         if self.draw.neutral:
             return "neutral"
         return "positive" if self.draw.scale > 0 else "negative"

@@ -82,6 +82,8 @@ def predict_footprint(config: RunConfig, family: LoadedFamily, checked: Prefligh
         raise Unpredictable("blocks come and go")
     if config.lycoris is not None:
         raise Unpredictable("LyCORIS measures its layers on real weights")
+    if config.slider_objective not in ("bucket", "pair"):
+        raise Unpredictable(f"slider_objective {config.slider_objective} asks more than one question a draw")
     if checked.targets is None:
         raise Unpredictable("the model is no local diffusers folder")
     try:

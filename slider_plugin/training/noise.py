@@ -16,6 +16,9 @@ from slider_hooks import Components, Diffusion, Family, Flow
 from slider_plugin.errors import UserError
 from slider_plugin.training.times import WHOLE, Size, Times, even, intersection, logit_normal, shifted, size_shift, unshifted
 
+LEAST_SIGNAL = 1e-3
+"""Of pure noise, of which a model that predicts noise says nothing: a rollout begins as if so much of an image were in it."""
+
 
 class NoiseProcess(Protocol):
     """What a training step needs to know about a noise process."""
@@ -32,12 +35,24 @@ class NoiseProcess(Protocol):
         """The time `(count,)` at a share 0 (image) to 1 (noise) of the way."""
         ...
 
+    def times(self, share_B: Tensor) -> Tensor:
+        """The same for shares `(B,)`."""
+        ...
+
+    def share(self, time_B: Tensor) -> Tensor:
+        """The share of the way `(B,)` at which a time is."""
+        ...
+
     def add_noise(self, clean_BCHW: Tensor, noise_BCHW: Tensor, time_B: Tensor) -> Tensor:
         """The noisy latents."""
         ...
 
     def target(self, clean_BCHW: Tensor, noise_BCHW: Tensor, time_B: Tensor) -> Tensor:
         """What `output` of the denoiser's answer should be."""
+        ...
+
+    def apart(self, noisy_BCHW: Tensor, answer_BCHW: Tensor, time_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The clean latents and the noise that an answer (`output`) stands for: `add_noise` and `target` turned round."""
         ...
 
     def told(self, time_B: Tensor) -> Tensor:
@@ -77,12 +92,23 @@ class FlowProcess:
     def at(self, share: float, count: int) -> Tensor:
         return torch.full((count,), share)
 
+    def times(self, share_B: Tensor) -> Tensor:
+        return share_B
+
+    def share(self, time_B: Tensor) -> Tensor:
+        return time_B
+
     def add_noise(self, clean_BCHW: Tensor, noise_BCHW: Tensor, time_B: Tensor) -> Tensor:
         sigma_B111 = _like(time_B, clean_BCHW)
         return (1.0 - sigma_B111) * clean_BCHW + sigma_B111 * noise_BCHW
 
     def target(self, clean_BCHW: Tensor, noise_BCHW: Tensor, time_B: Tensor) -> Tensor:
         return noise_BCHW - clean_BCHW
+
+    def apart(self, noisy_BCHW: Tensor, answer_BCHW: Tensor, time_B: Tensor) -> tuple[Tensor, Tensor]:
+        """`x0 = x - sigma v`, `e = x + (1 - sigma) v`."""
+        sigma_B111 = _like(time_B, noisy_BCHW)
+        return noisy_BCHW - sigma_B111 * answer_BCHW, noisy_BCHW + (1.0 - sigma_B111) * answer_BCHW
 
     def told(self, time_B: Tensor) -> Tensor:
         return self.flow.time(time_B)
@@ -122,7 +148,13 @@ class DiffusionProcess:
         return snr_B.clamp(max=self.snr_gamma) / (snr_B + 1.0)
 
     def at(self, share: float, count: int) -> Tensor:
-        return torch.full((count,), round(share * (len(self.alphas_cumprod_N) - 1)), dtype=torch.long)
+        return self.times(torch.full((count,), share, dtype=torch.float64))
+
+    def times(self, share_B: Tensor) -> Tensor:
+        return (share_B * (len(self.alphas_cumprod_N) - 1)).round().long()
+
+    def share(self, time_B: Tensor) -> Tensor:
+        return time_B.float() / (len(self.alphas_cumprod_N) - 1)
 
     def alpha_bar(self, time_B: Tensor) -> Tensor:
         """The cumulative alpha `(B,)` at a time."""
@@ -141,6 +173,14 @@ class DiffusionProcess:
             return noise_BCHW
         signal_B111, sigma_B111 = self._roots(time_B, clean_BCHW)
         return signal_B111 * noise_BCHW - sigma_B111 * clean_BCHW
+
+    def apart(self, noisy_BCHW: Tensor, answer_BCHW: Tensor, time_B: Tensor) -> tuple[Tensor, Tensor]:
+        """`x0 = (x - sqrt(1 - a) e) / sqrt(a)`; of v, `x0 = sqrt(a) x - sqrt(1 - a) v` and `e = sqrt(1 - a) x + sqrt(a) v`."""
+        signal_B111, sigma_B111 = self._roots(time_B, noisy_BCHW)
+        if self.prediction == "epsilon":
+            return (noisy_BCHW - sigma_B111 * answer_BCHW) / signal_B111.clamp_min(LEAST_SIGNAL), answer_BCHW
+        clean_BCHW = signal_B111 * noisy_BCHW - sigma_B111 * answer_BCHW
+        return clean_BCHW, sigma_B111 * noisy_BCHW + signal_B111 * answer_BCHW
 
     def told(self, time_B: Tensor) -> Tensor:
         return time_B
@@ -161,6 +201,12 @@ class ContinuousDiffusionProcess(DiffusionProcess):
 
     def at(self, share: float, count: int) -> Tensor:
         return torch.full((count,), share)
+
+    def times(self, share_B: Tensor) -> Tensor:
+        return share_B
+
+    def share(self, time_B: Tensor) -> Tensor:
+        return time_B
 
     def alpha_bar(self, time_B: Tensor) -> Tensor:
         return self.alpha_bar_at(time_B)

@@ -61,7 +61,7 @@ class Metrics:
         """What stands beside the progress bar: smoothed loss per sign, steps per second, and the most memory so far."""
         for sign, loss in report.losses().items():
             self._mean[sign] = SMOOTHING * self._mean.get(sign, loss) + (1 - SMOOTHING) * loss
-        marks = {"positive": "+", "negative": "-", "neutral": "0"}
+        marks = {"positive": "+", "negative": "-", "neutral": "0", "anchor": "anchor"}
         losses = " ".join(f"[{marks[sign]}] {value:.4f}" for sign, value in sorted(self._mean.items()) if math.isfinite(value))
         before = self._seconds or report.seconds
         self._seconds = SMOOTHING * before + (1 - SMOOTHING) * report.seconds
