@@ -58,6 +58,14 @@ class Attributes:
     background: tuple[float, float, float]
     """Chromaticity of the background, likewise."""
 
+    hue: float
+    """How far the shape's hue is turned from that of the prompt's colour, in degrees, -180 to 180; 0 where no shape is seen."""
+
+    @property
+    def position(self) -> float:
+        """How far right the shape is, 0..1."""
+        return self.place[0]
+
 
 def measure(image: np.ndarray, colour: str, background: str) -> Attributes:
     """Read the attributes off an image that should show a shape of one colour on a background of another.
@@ -77,7 +85,27 @@ def measure(image: np.ndarray, colour: str, background: str) -> Attributes:
         place=_centre(shape),
         colour=_chromaticity(image, shape * (share > 0.75)),
         background=_chromaticity(image, (1.0 - shape) * (share < 0.25)),
+        hue=_turn(image, world.palette(colour)),
     )
+
+
+def _turn(image: np.ndarray, colour: np.ndarray) -> float:
+    """Hue of what is saturated, whatever its colour, against that of a colour; backgrounds are pale."""
+    high, low = image.max(axis=2), image.min(axis=2)
+    saturation = (high - low) / np.maximum(high, 1e-6)
+    weight = np.clip((saturation - PALE) / (1.0 - PALE), 0.0, 1.0)
+    if float(weight.sum()) < 1.0:
+        return 0.0
+    mean = (_circular(image) * weight).sum() / weight.sum()
+    own = complex(_circular(colour[None, None])[0, 0])
+    return float(np.degrees(np.angle(mean / own)))
+
+
+def _circular(image: np.ndarray) -> np.ndarray:
+    """A colour without its grey as a complex number, whose angle is its hue (red 0, green 120, blue 240 degrees)."""
+    corners = np.exp(2j * np.pi * np.arange(3) / 3)
+    circular: np.ndarray = image @ corners
+    return circular
 
 
 def _centre(weight: np.ndarray) -> tuple[float, float]:
@@ -98,6 +126,12 @@ def _chromaticity(image: np.ndarray, weight: np.ndarray) -> tuple[float, float, 
     red, green, blue = (mean / max(float(mean.sum()), 1e-6)).tolist()
     return red, green, blue
 
+
+PALE = 0.5
+"""Saturation below which a pixel is background: backgrounds have at most 0.39, colours at least 0.83."""
+
+OWN = {"position": "place", "hue": "colour"}
+"""Changes that are a concept's own, where its name is another."""
 
 Changes = Mapping[str, Callable[[Attributes, Attributes], float]]
 
@@ -143,6 +177,10 @@ class Score:
     response: tuple[tuple[float, float], ...]
     """(strength, mean attribute)."""
 
+    balance: float
+    """Of the changes of the mean attribute from strength 0 to the two ends, the smaller over the larger, 0..1; 0 if both go one
+    way."""
+
     ratio: float
     """Mean attribute at the largest strength over that at the smallest."""
 
@@ -152,10 +190,10 @@ class Score:
 
 
 def score(concept: str, images: Mapping[tuple[int, int], Mapping[float, Attributes]]) -> Score:
-    """Score a slider for `concept` (`size` or `brightness`).
+    """Score a slider for a concept.
 
     Args:
-        concept: the attribute that should move.
+        concept: the attribute that should move: `size`, `brightness`, `hue` or `position`.
         images: for each (prompt, seed) the attributes by strength; the strengths hold -1, 0 and 1.
     """
     strengths = sorted(next(iter(images.values())))
@@ -164,12 +202,20 @@ def score(concept: str, images: Mapping[tuple[int, int], Mapping[float, Attribut
     moved = {
         name: float(np.mean([change(row[s], row[0.0]) for row in images.values() for s in (-1.0, 1.0)]))
         for name, change in CHANGES.items()
-        if name != concept
+        if name != OWN.get(concept, concept)
     }
     return Score(
         monotonicity=float(np.mean(correlations)),
         monotonicity_p10=float(np.percentile(correlations, 10)),
         response=tuple(response),
+        balance=_balance([value - dict(response)[0.0] for _, value in (response[0], response[-1])]),
         ratio=response[-1][1] / max(response[0][1], 1e-9),
         preservation=moved | {"mean": float(np.mean(list(moved.values())))},
     )
+
+
+def _balance(ends: Sequence[float]) -> float:
+    low, high = ends
+    if low * high >= 0.0:
+        return 0.0
+    return min(abs(low), abs(high)) / max(abs(low), abs(high))

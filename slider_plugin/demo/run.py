@@ -121,6 +121,7 @@ def demonstrate(family: str, concept: str, adapter: str, steps: int | None, outp
         "monotonicity_p10": round(score.monotonicity_p10, 4),
         "response": [[s, round(value, 4)] for s, value in score.response],
         "ratio": round(score.ratio, 3),
+        "balance": round(score.balance, 3),
         "preservation": {name: round(value, 4) for name, value in score.preservation.items()},
         "prompts": [measure.prompt(*words) for words in measure.PROMPTS],
         "seeds": list(measure.SEEDS),

@@ -8,6 +8,7 @@ Image arrays are float32 `(H, W, 3)` in 0..1, sRGB as stored in a PNG.
 
 from __future__ import annotations
 
+import colorsys
 import math
 from dataclasses import dataclass, replace
 
@@ -55,6 +56,8 @@ class Scene:
     light: float
     x: float
     y: float
+    turn: float = 0.0
+    """Of the shape's colour round the circle of hues, in degrees; its saturation and its largest channel stay."""
 
     def with_(self, **changes: float | str) -> Scene:
         """This scene with some attributes changed."""
@@ -113,7 +116,7 @@ def _coverage(scene: Scene, resolution: int) -> np.ndarray:
 def render(scene: Scene, resolution: int = RESOLUTION) -> np.ndarray:
     """The image of a scene: float32 `(H, W, 3)` in 0..1."""
     coverage = _coverage(scene, resolution)[..., None]
-    shape = np.asarray(COLOURS[scene.colour], dtype=np.float32)
+    shape = turned(COLOURS[scene.colour], scene.turn)
     background = np.asarray(BACKGROUNDS[scene.background], dtype=np.float32)
     return np.clip((coverage * shape + (1.0 - coverage) * background) * scene.light, 0.0, 1.0).astype(np.float32)
 
@@ -136,6 +139,14 @@ def random_caption(scene: Scene, rng: np.random.Generator) -> str:
     """A caption as the base models are trained on: each optional attribute is mentioned four times in ten."""
     size, light, place = rng.random(3) < 0.4
     return caption(scene, size=bool(size), light=bool(light), place=bool(place))
+
+
+def turned(colour: tuple[float, float, float], degrees: float) -> np.ndarray:
+    """A colour `(3,)` with another hue, float32."""
+    if not degrees:
+        return np.asarray(colour, dtype=np.float32)
+    hue, saturation, value = colorsys.rgb_to_hsv(*colour)
+    return np.asarray(colorsys.hsv_to_rgb((hue + degrees / 360.0) % 1.0, saturation, value), dtype=np.float32)
 
 
 def palette(name: str) -> np.ndarray:

@@ -1,0 +1,166 @@
+"""How well sliders work: every objective on every concept of the tiny world, on both trained fixtures.
+
+    python -m tests.benchmarks.quality [--family sd1] [--concept hue] [--objective text] [--seeds 7,8] [--out FILE]
+    python -m tests.benchmarks.quality --table FILE      # README's table from what was measured
+
+Each cell trains with the code that `slider train` runs, loads the exported file as `slider validate` does, draws the demo's 8
+held-out prompts with 4 seeds at 9 strengths, and measures the images (`slider_plugin.demo.measure`). Prompts, seeds and
+measures were fixed before anything was tuned. The bars are a monotonicity of 0.95 and a balance of 0.6 in at most 200 steps; a
+cell that misses one stays in the table.
+
+The cells differ in what the demo's recipes, `KEYS` and `WORDS` state. Results are added to `--out` cell by cell, so that a run that
+is cut off goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slider_plugin import run
+from slider_plugin.configfile import read_config
+from slider_plugin.demo import measure, world
+from slider_plugin.demo.bundle import CONCEPTS, FAMILIES
+from slider_plugin.demo.run import draw, read_attributes, write_config
+from slider_plugin.registry import Plugins
+
+MONOTONICITY, BALANCE, STEPS = 0.95, 0.6, 200
+"""The bars."""
+
+SEED = 7
+KEYS: Mapping[str, Mapping[str, Any]] = {
+    "bucket": {},
+    "pair": {"slider_objective": "pair"},
+    "addift": {"slider_objective": "pair", "pair_target": "addift"},
+    "text": {"slider_objective": "text", "text_guidance": 0.5, "text_rollout_steps": 8},
+}
+"""By objective. Half the difference between the two prompts on each side: with all of it, both ends lie beyond what the world has,
+and a size that starts above the middle has less room to grow than to shrink."""
+
+WORDS: Mapping[str, tuple[Mapping[str, float], Mapping[str, float]]] = {
+    "size": ({"radius": 0.38}, {"radius": 0.14}),
+    "brightness": ({"light": 0.95}, {"light": 0.40}),
+    "position": ({"x": 0.66}, {"x": 0.34}),
+}
+"""What the world's captions have words for; there are none for a hue beside a colour."""
+
+SUBJECTS = 6
+Row = dict[str, Any]
+
+
+def text_sets(concept: str) -> list[dict[str, str]]:
+    """Prompts of a text slider, in the world's own words: a few scenes that are not held out, with and without the concept."""
+    rng, held_out, sets = np.random.default_rng(300), set(measure.PROMPTS), []
+    while len(sets) < SUBJECTS:
+        scene = world.random_scene(rng).with_(radius=0.25, light=0.7, x=0.5)
+        if (scene.colour, scene.shape, scene.background) in held_out:
+            continue
+        more, less = (scene.with_(**end) for end in WORDS[concept])
+        said = {"size": concept == "size", "light": concept == "brightness", "place": concept == "position"}
+        sets.append(
+            {
+                "target": world.caption(scene),
+                "positive": world.caption(more, **said),
+                "negative": world.caption(less, **said),
+            }
+        )
+    return sets
+
+
+def cells() -> Iterator[tuple[str, str, str]]:
+    """(family, concept, objective) of all that can be trained."""
+    for family in FAMILIES:
+        for concept in CONCEPTS:
+            yield from ((family, concept, objective) for objective in KEYS if objective != "text" or concept in WORDS)
+
+
+def one(family: str, concept: str, objective: str, seed: int, root: Path) -> Row:
+    """Train, draw and measure one cell."""
+    started = time.perf_counter()
+    path = write_config(family, concept, "lora", None, root / f"{family}-{concept}-{objective}-{seed}")
+    written = json.loads(path.read_text()) | KEYS[objective] | {"seed": seed}
+    if objective == "text":
+        del written["data_backend_config"]
+        written |= {"slider_text": text_sets(concept), "gradient_accumulation_steps": 2}
+    path.write_text(json.dumps(written))
+    config = read_config(path, (), Plugins.discover().facts)[0]
+    assert config.max_train_steps <= STEPS
+    outcome = run.train(config)
+    assert outcome.adapter is not None
+    score = measure.score(concept, read_attributes(draw(config, outcome.adapter)))
+    response = dict(score.response)
+    return {
+        "family": family, "concept": concept, "objective": objective, "seed": seed, "steps": config.max_train_steps,
+        "monotonicity": round(score.monotonicity, 4), "p10": round(score.monotonicity_p10, 4),
+        "balance": round(score.balance, 4), "at": [round(response[s], 4) for s in (-1.0, 0.0, 1.0)],
+        "moved": round(score.preservation["mean"], 4), "training_seconds": round(outcome.seconds, 1),
+        "seconds": round(time.perf_counter() - started, 1),
+    }  # fmt: skip
+
+
+def table(rows: Sequence[Row]) -> str:
+    """README's table: one line a cell, over all its seeds; what misses a bar is marked."""
+    lines = [
+        "| family | concept | objective | monotonicity | balance | attribute at -1, 0, +1 | moved | steps |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for family, concept, objective in cells():
+        found = [r for r in rows if (r["family"], r["concept"], r["objective"]) == (family, concept, objective)]
+        if found:
+            mean = {name: float(np.mean([r[name] for r in found])) for name in ("monotonicity", "balance", "moved")}
+            at = ", ".join(f"{value:.3g}" for value in np.mean([r["at"] for r in found], axis=0))
+            lines.append(
+                f"| `{family}` | {concept} | {objective} | {_marked(mean['monotonicity'], MONOTONICITY, 3)} | "
+                f"{_marked(mean['balance'], BALANCE, 2)} | {at} | {mean['moved']:.3f} | {found[0]['steps']} |"
+            )
+    return "\n".join(lines)
+
+
+def _marked(value: float, bar: float, places: int) -> str:
+    return f"{value:.{places}f}" if value >= bar else f"**{value:.{places}f}**"
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Row]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=FAMILIES)
+    parser.add_argument("--concept", choices=CONCEPTS)
+    parser.add_argument("--objective", choices=list(KEYS))
+    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[SEED])
+    parser.add_argument("--out", type=Path, help="JSON that rows are added to; cells that it holds are not measured again")
+    parser.add_argument("--table", type=Path, help="print the table of such a JSON, and train nothing")
+    given = parser.parse_args(arguments)
+    rows: list[Row] = json.loads((given.table or given.out).read_text()) if _is_there(given.table or given.out) else []
+    if not given.table:
+        asked = (given.family, given.concept, given.objective)
+        wanted = [cell for cell in cells() if all(a in (None, b) for a, b in zip(asked, cell, strict=True))]
+        _measure(wanted, given.seeds, rows, given.out)
+    print(table(rows))
+    return rows
+
+
+def _is_there(path: Path | None) -> bool:
+    return path is not None and path.is_file()
+
+
+def _measure(wanted: Sequence[tuple[str, str, str]], seeds: Sequence[int], rows: list[Row], out: Path | None) -> None:
+    """Add what is missing to `rows`, and write them after each cell."""
+    done = {(r["family"], r["concept"], r["objective"], r["seed"]) for r in rows}
+    with tempfile.TemporaryDirectory() as name:
+        for seed in seeds:
+            for cell in wanted:
+                if (*cell, seed) not in done:
+                    rows.append(one(*cell, seed, Path(name)))
+                    print(json.dumps(rows[-1]), flush=True)
+                    if out:
+                        out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
