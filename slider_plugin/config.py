@@ -12,7 +12,16 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from slider_hooks import TargetRequest
@@ -201,13 +210,19 @@ class TextConfig(_Strict):
     attributes: tuple[str, ...] = Field((), description="what is to be preserved; each is put in front of both ends")
     anchors: tuple[str, ...] = Field((), description="prompts under which nothing may change")
 
-    @model_validator(mode="after")
-    def _two_ends(self) -> TextConfig:
-        if self.positive.strip() == self.negative.strip():
-            raise PydanticCustomError("ends", "positive and negative are the same prompt: nothing says what changes")
-        if len(set(self.attributes)) < len(self.attributes) or not all(a.strip() for a in self.attributes):
-            raise PydanticCustomError("attributes", "attributes has an entry that is empty or there twice")
-        return self
+    @field_validator("negative")
+    @classmethod
+    def _another_end(cls, negative: str, info: ValidationInfo) -> str:
+        if negative.strip() == str(info.data.get("positive", "")).strip():
+            raise PydanticCustomError("ends", "is the positive prompt, too: nothing says what changes")
+        return negative
+
+    @field_validator("attributes", "anchors")
+    @classmethod
+    def _once_each(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(prompts)) < len(prompts):
+            raise PydanticCustomError("once", "has one entry twice; keep one")
+        return prompts
 
 
 class BaseLoraConfig(_Strict):

@@ -266,7 +266,7 @@ def _together(config: RunConfig) -> Iterable[str]:
 def _objective(config: RunConfig) -> Iterable[str]:
     """Keys of an objective that is not the run's."""
     usual = RunConfig(model_family=config.model_family)
-    for owner, keys in OF_OBJECTIVES.items():
+    for owner, keys in OF_OBJECTIVES.items() if config.slider_objective in BUILT_IN else ():
         for key in keys:
             if config.slider_objective != owner and getattr(config, key) != getattr(usual, key):
                 yield f"{key}: it is for slider_objective {owner}, and this one is {config.slider_objective}; take it out"

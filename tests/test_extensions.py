@@ -213,3 +213,73 @@ def test_the_strict_switch_makes_any_broken_plugin_an_error(site: Site) -> None:
 
 def test_our_own_environment_is_strict_clean() -> None:
     assert Plugins.discover(environ={"SLIDER_PLUGIN_ALLOW": "slider-plugin", "SLIDER_PLUGIN_STRICT": "1"}).families()
+
+
+OBJECTIVE = """
+from slider_hooks import Objective, UserError, hookimpl
+
+
+class Halfway(Objective):
+    '''Half the way from the frozen answer to the image's own target, on the upper rows alone.'''
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def asks(self, question):
+        return [question.ask]
+
+    def target(self, question, frozen):
+        return (frozen[0] + question.truth(question.clean, question.noise)) / 2
+
+    def weight(self, question):
+        weight = question.clean.new_zeros(len(question.clean), 1, *question.clean.shape[2:])
+        weight[:, :, : self.rows] = 1.0
+        return weight
+
+
+@hookimpl
+def build_objective(name, config):
+    if name != "halfway":
+        return None
+    if set(config["objective_config"]) != {"rows"}:
+        raise UserError("objective_config: halfway wants rows")
+    return Halfway(**config["objective_config"])
+"""
+ANOTHER = OBJECTIVE.replace('"halfway"', '"elsewhere"')
+
+
+def test_an_extension_trains_with_an_objective_of_its_own(
+    site: Site, monkeypatch: pytest.MonkeyPatch, project: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Beside another extension with another one: each answers for its own name."""
+    import torch
+    from trainers import trainer_of
+
+    extend(site, "dist-half", "halfway_objective", OBJECTIVE)
+    extend(site, "dist-else", "another_objective", ANOTHER)
+    monkeypatch.setenv("SLIDER_PLUGIN_ALLOW", "slider-plugin,dist-half,dist-else")
+    path = project("sd1", slider_objective="halfway", objective_config={"rows": 3}, random_strength="on")
+    trainer = trainer_of(path)
+    assert trainer.family.describe()["hooks"]["build_objective"] == "extension dist-half:halfway_objective"
+    batch = trainer.data.batch(next(trainer.sampler))
+    (asked,) = trainer._questions([batch])
+    with torch.no_grad(), trainer.adapter.scaled(0.0):  # a new adapter changes nothing
+        (frozen,) = trainer._answers([asked.ask])
+        wanted = 0.25 * asked.strength**2 * (asked.noise - frozen)[:, :, :3].square().mean()
+        assert float(trainer.loss(batch)) == pytest.approx(float(wanted), rel=1e-4)
+    assert execute(["train", str(path), "--max_train_steps", "2"]) == 0
+    with safe_open(tmp_path / "out" / "slider.safetensors", "pt") as opened:
+        assert opened.metadata()["slider.objective"] == "halfway"
+
+
+def test_an_objective_says_what_is_wrong_with_its_settings(
+    site: Site, monkeypatch: pytest.MonkeyPatch, project: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    extend(site, "dist-half", "halfway_objective", OBJECTIVE)
+    monkeypatch.setenv("SLIDER_PLUGIN_ALLOW", "slider-plugin,dist-half")
+    path = project("sd1", slider_objective="halfway", objective_config={"columns": 3})
+    assert execute(["train", str(path)]) == 2
+    assert "objective_config: halfway wants rows" in capsys.readouterr().err
+    monkeypatch.setenv("SLIDER_PLUGIN_BLOCK", "dist-half")
+    assert execute(["train", str(path)]) == 2
+    assert "'halfway' is not among bucket, pair, text, and no installed extension" in " ".join(capsys.readouterr().err.split())

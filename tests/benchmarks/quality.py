@@ -8,8 +8,8 @@ held-out prompts with 4 seeds at 9 strengths, and measures the images (`slider_p
 measures were fixed before anything was tuned. The bars are a monotonicity of 0.95 and a balance of 0.6 in at most 200 steps; a
 cell that misses one stays in the table.
 
-The cells differ in what the demo's recipes, `KEYS` and `WORDS` state. Results are added to `--out` cell by cell, so that a run that
-is cut off goes on where it was.
+The cells differ in what the demo's recipes, `KEYS` and `WORDS` state. Results are added to `--out` cell by cell, so that a run
+that is cut off goes on where it was.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ KEYS: Mapping[str, Mapping[str, Any]] = {
     "addift": {"slider_objective": "pair", "pair_target": "addift"},
     "text": {"slider_objective": "text", "text_guidance": 0.5, "text_rollout_steps": 8},
 }
-"""By objective. Half the difference between the two prompts on each side: with all of it, both ends lie beyond what the world has,
-and a size that starts above the middle has less room to grow than to shrink."""
+"""By objective. For text half the difference between the two prompts on each side: with all of it both ends lie beyond what the
+world has, and a size that starts above the middle has less room to grow than to shrink."""
 
 WORDS: Mapping[str, tuple[Mapping[str, float], Mapping[str, float]]] = {
     "size": ({"radius": 0.38}, {"radius": 0.14}),
