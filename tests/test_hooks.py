@@ -200,6 +200,31 @@ def test_hook_resolve_lora_targets(told: Callable[..., Run]) -> None:
     assert trained == {f"unet.{name.replace('[.]', '.')}" for name in call.answer.expression.split("|")}
 
 
+def test_hook_build_objective(told: Callable[..., Run]) -> None:
+    done = told(
+        """
+        class Still(Objective):
+            def asks(self, question):
+                return [question.ask]
+
+            def target(self, question, frozen):
+                return frozen[0]
+
+
+        @hookimpl
+        def build_objective(name, config):
+            return Still() if name == "still" and config["objective_config"] == {"really": 1} else None
+        """,
+        slider_objective="still",
+        objective_config={"really": 1},
+    )
+    call = done.one("build_objective")
+    assert (call.asked["name"], call.asked["config"]["lora_rank"]) == ("still", 4)
+    assert done.first("build_objective") < done.first("load_components")
+    losses = {value for row in done.metrics() for key, value in row.items() if key.startswith("loss/")}
+    assert losses == {0.0}, "an adapter that is to stay as it is has nothing to learn"
+
+
 def test_hook_build_sampler(told: Callable[..., Run]) -> None:
     done = told(
         """

@@ -118,7 +118,8 @@ def render(scene: Scene, resolution: int = RESOLUTION) -> np.ndarray:
     coverage = _coverage(scene, resolution)[..., None]
     shape = turned(COLOURS[scene.colour], scene.turn)
     background = np.asarray(BACKGROUNDS[scene.background], dtype=np.float32)
-    return np.clip((coverage * shape + (1.0 - coverage) * background) * scene.light, 0.0, 1.0).astype(np.float32)
+    image: np.ndarray = np.clip((coverage * shape + (1.0 - coverage) * background) * scene.light, 0.0, 1.0)
+    return image.astype(np.float32)
 
 
 def caption(scene: Scene, size: bool = False, light: bool = False, place: bool = False) -> str:
@@ -146,7 +147,8 @@ def turned(colour: tuple[float, float, float], degrees: float) -> np.ndarray:
     if not degrees:
         return np.asarray(colour, dtype=np.float32)
     hue, saturation, value = colorsys.rgb_to_hsv(*colour)
-    return np.asarray(colorsys.hsv_to_rgb((hue + degrees / 360.0) % 1.0, saturation, value), dtype=np.float32)
+    other: np.ndarray = np.asarray(colorsys.hsv_to_rgb((hue + degrees / 360.0) % 1.0, saturation, value), dtype=np.float32)
+    return other
 
 
 def palette(name: str) -> np.ndarray:

@@ -33,7 +33,7 @@ from slider_plugin.training.noise import NoiseProcess
 from slider_plugin.training.optimizers import present_rate
 from slider_plugin.training.pairing import Pairing, why_not
 from slider_plugin.training.processes import Processes
-from slider_plugin.training.rollout import rollout
+from slider_plugin.training.rollout import rollout, steps_to
 from slider_plugin.training.seeds import derived_seed, generator, seed_device
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ class Trainer:
     def _questions(self, batches: Sequence[Batch]) -> list[Question]:
         """Batches with noise; the draws of a cycle share it, and the time. Both are drawn for the whole batch."""
         noise = [self._noise(batch) for batch in batches]
-        times = [self._time(batch) for batch in batches]
+        times = [self._times(batch)[batch.part.places] for batch in batches]
         noisy = [
             self.noise.add_noise(batch.clean_BCHW, noise_BCHW, time_B)
             for batch, noise_BCHW, time_B in zip(batches, noise, times, strict=True)
@@ -265,9 +265,10 @@ class Trainer:
         noise_BCHW = torch.randn((part.whole, *shape), generator=generator(self.seed, "noise", cycle))[part.places]
         return noise_BCHW.to(batch.clean_BCHW.device)
 
-    def _time(self, batch: Batch) -> Tensor:
-        cycle, part, shape = batch.draw.position // self.cycle, batch.part, batch.clean_BCHW.shape[1:]
-        return self.noise.draw_time(part.whole, generator(self.seed, "time", cycle), tuple(shape[1:]))[part.places]
+    def _times(self, batch: Batch) -> Tensor:
+        """Of the whole batch, whatever the process's share of it."""
+        cycle, size = batch.draw.position // self.cycle, tuple(batch.clean_BCHW.shape[2:])
+        return self.noise.draw_time(batch.part.whole, generator(self.seed, "time", cycle), size)
 
     def _share(self, draw: Draw) -> float:
         """The share of its strength that a draw is trained at: one for all of a cycle."""
@@ -282,13 +283,14 @@ class Trainer:
         if not batches:
             return []
         conditioning = [told for batch in batches for told in batch.conditioning]
+        count = steps_to(self.noise, torch.cat([self._times(batch) for batch in batches]), self.rollout_steps)
         with torch.no_grad(), self.adapter.scaled(self._scale(batches)):
             noisy_BCHW = rollout(
                 self.noise,
                 lambda noisy_BCHW, time_B: self.predict(noisy_BCHW, time_B, conditioning),
                 torch.cat(list(noise)),
                 torch.cat(list(times)),
-                self.rollout_steps,
+                count,
             )
         rolled: Sequence[Tensor] = noisy_BCHW.split([len(time_B) for time_B in times])
         return rolled

@@ -63,15 +63,13 @@ def test_addift_trains_on_all_of_the_noise(project: Project) -> None:
 
 
 def test_the_mask_is_that_of_the_two_images(project: Project) -> None:
-    trainer = shaken(trainer_of(project("sd1", slider_objective="pair", pair_mask=0.1)))
-    plain = shaken(trainer_of(project("sd1", slider_objective="pair", output_dir="elsewhere")))
+    path = project("sd1", slider_objective="pair")
+    trainer, plain = shaken(trainer_of(path, "--pair_mask", "0.1")), shaken(trainer_of(path))
     draw = next(trainer.sampler)
     batch = trainer.data.batch(draw)
     (asked,) = trainer._questions([batch])
-    difference = (
-        batch.clean_BCHW - trainer.data._latents([("less", f.parents[1] / "less" / f.name) for f in batch.files])
-    ).abs()
-    d = difference.mean(1, keepdim=True)
+    twins = trainer.data._latents([("less", file.parents[1] / "less" / file.name) for file in batch.files])
+    d = (batch.clean_BCHW - twins).abs().mean(1, keepdim=True)
     w = torch.where(d >= 0.1 * d.amax((1, 2, 3), keepdim=True), 1.0, 0.1)
     assert 0 < (w == 0.1).sum() < w.numel(), "or this test says nothing"
     with torch.no_grad(), trainer.adapter.scaled(draw.scale):
@@ -84,15 +82,16 @@ def test_the_mask_is_that_of_the_two_images(project: Project) -> None:
 
 @pytest.mark.parametrize("objective", ["bucket", "pair"])
 def test_a_random_strength_is_one_for_a_cycle_and_aims_at_that_share_of_the_way(project: Project, objective: str) -> None:
-    trainer = shaken(trainer_of(project("sd1", slider_objective=objective, random_strength="0.25,1", neutral=True)))
+    pairs = objective == "pair"
+    trainer = shaken(trainer_of(project("sd1", slider_objective=objective, random_strength="0.25,1", neutral=pairs)))
     shares = set()
     for cycle in range(4):
-        draws = [next(trainer.sampler) for _ in range(3)]
+        draws = [next(trainer.sampler) for _ in range(trainer.cycle)]
         shares |= {trainer._share(draw) for draw in draws}
         assert len(shares) == cycle + 1 and all(0.25 <= share <= 1.0 for share in shares)
         share = trainer._share(draws[0])
         scales = [trainer._scale([trainer.data.batch(draw)]) for draw in draws]
-        assert scales == [share * draw.scale for draw in draws] and abs(draws[2].scale) == 0.5
+        assert scales == [share * draw.scale for draw in draws] and {abs(draw.scale) for draw in draws} == {0.5}
         for draw in draws[:2]:
             batch = trainer.data.batch(draw)
             (asked,) = trainer._questions([batch])
@@ -105,13 +104,14 @@ def test_a_random_strength_is_one_for_a_cycle_and_aims_at_that_share_of_the_way(
 
 
 def test_the_strength_of_a_pass_is_the_drawn_one(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = trainer_of(project("sd1", random_strength="on"))
+    path = project("sd1", random_strength="on")
+    trainer = trainer_of(path)
     seen: list[float] = []
     backward = trainer.accelerator.backward
     monkeypatch.setattr(trainer.accelerator, "backward", lambda loss: (seen.append(trainer.adapter.scale), backward(loss)))
     trainer.optimizer_step()
     assert seen[0] == -seen[1] and 0.125 <= seen[0] < 0.5
-    again = trainer_of(project("sd1", random_strength="on"))
+    again = trainer_of(path)
     assert again._share(next(again.sampler)) * 0.5 == seen[0], "by seed and position alone"
 
 
