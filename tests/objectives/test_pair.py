@@ -104,7 +104,7 @@ def test_a_random_strength_is_one_for_a_cycle_and_aims_at_that_share_of_the_way(
 
 
 def test_the_strength_of_a_pass_is_the_drawn_one(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = project("sd1", random_strength="on")
+    path = project("sd1", random_strength="on", signs_in_one_forward="no")
     trainer = trainer_of(path)
     seen: list[float] = []
     backward = trainer.accelerator.backward

@@ -132,6 +132,17 @@ def test_both_signs_in_one_forward_are_the_same_losses(text_project: Project, fa
             assert float(trainer.loss(batch)) == pytest.approx(loss, rel=1e-3)
 
 
+@pytest.mark.parametrize("family", ["kandinsky5_image", "z_image", "ernie", "omnigen", "cosmos3"])
+def test_prompts_of_different_length_are_answered_as_each_alone(text_project: Project, family: str) -> None:
+    """Also by models that share no forward at two strengths."""
+    words = WORDS | {"positive": "a very large circle in the middle of a page", "negative": "small"}
+    trainer = trainer_of(text_project(family, slider_text=words, text_rollout_steps=1))
+    (asked,) = trainer._questions([trainer.data.batch(next(trainer.sampler))])
+    asks = trainer.objective.asks(asked)
+    for ask, answer in zip(asks, trainer._frozen(asks), strict=True):
+        assert torch.allclose(answer, trainer._frozen([ask])[0], atol=1e-4)
+
+
 def test_it_learns_the_direction_between_the_prompts(text_project: Project) -> None:
     trainer = trainer_of(text_project(learning_rate=5e-3, text_guidance=1.0, max_train_steps=30))
     losses = [sum(trainer.optimizer_step().losses().values()) for _ in range(30)]
