@@ -10,6 +10,7 @@ from rich.table import Table
 
 from slider_plugin.adapters.frozen import frozen_files
 from slider_plugin.config import RunConfig
+from slider_plugin.data.drawn import TEXT
 from slider_plugin.preflight import Preflight, preflight
 from slider_plugin.quantise import bytes_at_rest
 from slider_plugin.registry import Plugins
@@ -127,6 +128,11 @@ def _buckets(config: RunConfig, checked: Preflight) -> Table:
         strength = "neutral" if not bucket.strength else f"{bucket.strength:+g}"
         sizes = ", ".join(f"{w}x{h} ({len(places)})" for (w, h), places in list(bucket.shapes().items())[:4])
         table.add_row(bucket.name, strength, str(len(bucket.items)), str(info.batches), f"{bucket.probability:g}", sizes)
+    if checked.drawn:
+        width, height, frames = checked.drawn
+        size = f"{width}x{height}" + (f", {frames} frames" if frames > 1 else "")
+        for at, name in TEXT.items():
+            table.add_row(name, f"{at:+g}", "drawn by the model", "", "", size)
     return table
 
 
@@ -149,6 +155,9 @@ def _steps(config: RunConfig, checked: Preflight) -> list[RenderableType]:
     rate = f"{config.lr_scheduler} from {config.learning_rate:g}"
     facts.add_row("steps", f"{config.max_train_steps} of {config.optimizer}, {rate}")
     facts.add_row("step size", f"learning rate x {formula} ({factor:g}) x |strength|: {effective}")
+    if anchors := checked.objective.anchors:
+        prompts = "; ".join(anchor or "the empty prompt" for anchor in anchors)
+        facts.add_row("anchors", f"kept at +{checked.neutral_scale:g} and -{checked.neutral_scale:g}: {prompts}")
     if any(not b.strength for b in checked.buckets):
         facts.add_row("neutral", f"the frozen model is preserved at +{checked.neutral_scale:g} and -{checked.neutral_scale:g}")
     facts.add_row("output", str(config.output_dir))

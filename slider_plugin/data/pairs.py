@@ -9,11 +9,15 @@ from __future__ import annotations
 import filecmp
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from slider_hooks import Draw, Sampler
 from slider_plugin.data.buckets import Bucket, Item
-from slider_plugin.errors import ConfigError
+from slider_plugin.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LISTED = 10
 """Faults of one pair of buckets that are named; the rest is counted."""
@@ -94,6 +98,22 @@ def _twins(one: Item, other: Item) -> list[str]:
     if filecmp.cmp(one.path, other.path, shallow=False):
         return [f"{one.path} and {other.path} are the same image: nothing says what changes"]
     return []
+
+
+def assert_different(
+    latents: Mapping[tuple[str, Path], Tensor], buckets: Mapping[str, Bucket], twins: Mapping[str, str]
+) -> None:
+    """Raise UserError if the images of a pair have the same latents: one picture in two files, which `matched` cannot see.
+
+    Args:
+        latents: by bucket and file.
+        buckets: by name, put in order by `matched`.
+        twins: what `matched` gave.
+    """
+    for one, other in twins.items():
+        for item, twin in zip(buckets[one].items, buckets[other].items, strict=True):
+            if latents[one, item.path].equal(latents[other, twin.path]):
+                raise UserError(f"{item.path} and {twin.path} show the same image: nothing says what changes; replace one")
 
 
 def _stem(item: Item, bucket: Bucket) -> str:

@@ -14,7 +14,8 @@ from slider_plugin.data.cache import Cache, Memory, Store, cache_folder
 from slider_plugin.data.digests import Digests
 from slider_plugin.data.encode import Encoded, encode_once
 from slider_plugin.data.fingerprint import Opaque, fingerprint
-from slider_plugin.preflight import draws_any
+from slider_plugin.data.pairs import assert_different
+from slider_plugin.preflight import Preflight, draws_any
 from slider_plugin.training.parking import Parked, move
 from slider_plugin.training.processes import Processes, draws_here
 
@@ -41,10 +42,10 @@ def encode(config: RunConfig, family: LoadedFamily, components: Components, chec
     started = time.perf_counter()
     store, where = _open_store(config, family, components, checked.model, machine)
     prepare = partial(move, components, machine.device)
-    data = encode_once(
-        family, components, checked.buckets, config, machine.device, store, prepare, Processes(machine),
-        checked.objective, checked.twins, checked.drawn, checked.cycle,
-    )  # fmt: skip
+    told = (checked.objective, checked.twins, checked.drawn, checked.cycle) if isinstance(checked, Preflight) else ()
+    processes = Processes(machine)
+    data = encode_once(family, components, checked.buckets, config, machine.device, store, prepare, processes, *told)
+    assert_different(data.latents, data.buckets, checked.twins if isinstance(checked, Preflight) else {})
     images = _counted("images", len(data.latents), data.fresh_images)
     captions = _counted("captions", len(data.prompts), data.fresh_prompts)
     console.say(f"{images}; {captions}, in {time.perf_counter() - started:.1f} s ({where})")

@@ -39,7 +39,7 @@ KEYS: Mapping[str, Mapping[str, Any]] = {
     "bucket": {},
     "pair": {"slider_objective": "pair"},
     "addift": {"slider_objective": "pair", "pair_target": "addift"},
-    "text": {"slider_objective": "text", "text_guidance": 0.5, "text_rollout_steps": 8},
+    "text": {"slider_objective": "text", "text_guidance": 0.5, "text_rollout_steps": 6, "train_batch_size": 3},
 }
 """By objective. For text half the difference between the two prompts on each side: with all of it both ends lie beyond what the
 world has, and a size that starts above the middle has less room to grow than to shrink."""

@@ -15,7 +15,7 @@ from trainers import trainer_of
 
 from slider_plugin import run
 from slider_plugin.configfile import read_config
-from slider_plugin.errors import ConfigError
+from slider_plugin.errors import ConfigError, UserError
 from slider_plugin.preflight import preflight
 from slider_plugin.registry import Plugins
 from slider_plugin.training.seeds import generator
@@ -110,6 +110,14 @@ def test_what_does_not_match_is_told_at_once(project: Project, tmp_path: Path) -
     assert "1.png are 40x40 and 48x40: a pair has one size" in told
     assert "2.png are the same image" in told
     assert "3" not in [line.split()[-1] for line in told.splitlines()]
+
+
+def test_one_picture_in_two_files_is_told_once_it_is_encoded(project: Project, tmp_path: Path) -> None:
+    path = project("sd1", slider_objective="pair")
+    with Image.open(tmp_path / "data" / "more" / "2.png") as image:
+        image.save(tmp_path / "data" / "less" / "2.png", compress_level=0)
+    with pytest.raises(UserError, match=r"more/2.png and .*less/2.png show the same image"):
+        trainer_of(path)
 
 
 @pytest.mark.parametrize(
