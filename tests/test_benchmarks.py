@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import __main__ as everything
-from benchmarks import published, steps
+from benchmarks import published, quality, steps
 from benchmarks.models import tiny_pipeline, write_run
 from benchmarks.timing import ratio, table
+
+from slider_plugin.demo import measure
 
 
 @pytest.mark.slow
@@ -48,3 +50,26 @@ def test_ratios_are_of_repetitions() -> None:
     found = ratio([2.0, 2.0, 8.0], [1.0, 2.0, 2.0])
     assert (found.low, found.median, found.high) == (1.5, 2.0, 3.0)
     assert table([{"a": 1, "b": "x"}]).splitlines() == ["| a | b |", "| --- | --- |", "| 1 | x |"]
+
+
+def test_prompts_of_the_quality_benchmark_say_the_concept_at_both_ends_and_are_not_held_out() -> None:
+    held_out = {measure.prompt(*words) for words in measure.PROMPTS}
+    for concept, (more, less) in {
+        "size": ("large", "small"),
+        "brightness": ("bright", "dim"),
+        "position": ("right", "left"),
+    }.items():
+        sets = quality.text_sets(concept)
+        assert len(sets) == 6 and not held_out & {words["target"] for words in sets}
+        for words in sets:
+            assert more in words["positive"].split() and less in words["negative"].split()
+            assert not {more, less} & set(words["target"].split())
+
+
+def test_the_table_of_qualities_marks_what_misses_a_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"family": "sd1", "concept": "size", "objective": "pair", "steps": 120, "moved": 0.05, "at": [0.2, 0.3, 0.4]}
+    rows = [row | {"seed": seed, "monotonicity": 1.0, "balance": balance} for seed, balance in ((7, 0.4), (8, 0.6))]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert quality.main(["--table", str(tmp_path / "rows.json")]) == rows
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "| `sd1` | size | pair | 1.000 | **0.50** | 0.2, 0.3, 0.4 | 0.050 | 120 |"

@@ -22,12 +22,13 @@ from slider_plugin.report.watching import Reports, best_checkpoint
 from slider_plugin.stages.results import validate
 from slider_plugin.training.checkpoint import Position, find_checkpoint, load_checkpoint, save_checkpoint, verify
 from slider_plugin.training.ema import Ema
-from slider_plugin.training.loop import StepReport, Trainer
+from slider_plugin.training.loop import Trainer
 from slider_plugin.training.noise import noise_process
 from slider_plugin.training.optimizers import make_optimizer, make_schedule
 from slider_plugin.training.pairing import Pairing
 from slider_plugin.training.parking import Parked
 from slider_plugin.training.processes import Processes, sharded
+from slider_plugin.training.reports import StepReport
 from slider_plugin.training.resuming import changes, check_found, facts_of, resume_schedule
 from slider_plugin.training.times import WHOLE, Times
 from slider_plugin.training.watch import Metrics, interruptible

@@ -33,6 +33,7 @@ from slider_plugin.training.noise import NoiseProcess
 from slider_plugin.training.optimizers import present_rate
 from slider_plugin.training.pairing import Pairing, why_not
 from slider_plugin.training.processes import Processes
+from slider_plugin.training.reports import DrawReport, StepReport, report_of
 from slider_plugin.training.rollout import rollout, steps_to
 from slider_plugin.training.seeds import derived_seed, generator, seed_device
 
@@ -188,7 +189,7 @@ class Trainer:
             losses = self.losses(batches)
             shares = [batch.part.weight * loss for batch, loss in zip(batches, losses, strict=True)]
             self.accelerator.backward(torch.stack(shares).sum() / self.draws_per_step)
-        return [_report(batch, loss) for batch, loss in zip(batches, losses, strict=True)]
+        return [report_of(batch, loss) for batch, loss in zip(batches, losses, strict=True)]
 
     def loss(self, batch: Batch) -> Tensor:
         """The loss of a draw at the adapter's present scale, a float32 scalar."""
@@ -335,9 +336,10 @@ class Trainer:
             return
         bad = next((r for r in draws if not math.isfinite(float(r.loss))), draws[-1])
         what = "loss" if not math.isfinite(float(bad.loss)) else "gradient"
+        files = f" ({', '.join(bad.files)})" if bad.files else ""
         raise NotFinite(
             f"the {what} is not finite in optimizer step {self.step + 1}, bucket {bad.draw.bucket!r} at strength "
-            f"{bad.draw.scale:g} ({', '.join(bad.files)}). Lower learning_rate, or try mixed_precision no; the last checkpoint "
+            f"{bad.draw.scale:g}{files}. Lower learning_rate, or try mixed_precision no; the last checkpoint "
             "is unharmed"
         )
 
@@ -355,63 +357,3 @@ def _way_back(error: Exception) -> str:
 def _own(question: Question) -> list[Ask]:
     """The draw's own question, where the frozen model is to answer it whatever the objective asks."""
     return [question.ask] if question.draw.neutral or question.strength != 1.0 else []
-
-
-@dataclass(frozen=True, slots=True)
-class DrawReport:
-    """What one draw gave."""
-
-    draw: Draw
-    loss: Tensor
-    """Of the process's own share, until those of all are added up."""
-
-    weight: float
-    """What it is worth in the loss of the whole batch, 0 to 1."""
-
-    samples: int
-    """Of the whole batch."""
-
-    files: tuple[str, ...]
-    """Likewise."""
-
-    @property
-    def sign(self) -> str:
-        """positive, negative, neutral or anchor."""
-        if self.draw.bucket == ANCHOR:
-            return "anchor"
-        if self.draw.neutral:
-            return "neutral"
-        return "positive" if self.draw.scale > 0 else "negative"
-
-
-def _report(batch: Batch, loss: Tensor) -> DrawReport:
-    files = tuple(str(file) for file in batch.files)
-    return DrawReport(batch.draw, loss.detach(), batch.part.weight, batch.part.whole, files)
-
-
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """What one optimizer step gave."""
-
-    step: int
-    draws: list[DrawReport] = field(repr=False)
-    grad_norm: float
-    learning_rate: float
-    seconds: float
-
-    def losses(self) -> dict[str, float]:
-        """Mean loss of each sign that was drawn."""
-        signs: dict[str, list[float]] = {}
-        for report in self.draws:
-            signs.setdefault(report.sign, []).append(float(report.loss))
-        return {sign: sum(values) / len(values) for sign, values in signs.items()}
-
-    def metrics(self) -> dict[str, float]:
-        """Everything, by name, for logs."""
-        return {
-            **{f"loss/{sign}": value for sign, value in self.losses().items()},
-            "grad_norm": self.grad_norm,
-            "learning_rate": self.learning_rate,
-            "seconds": self.seconds,
-            "samples": float(sum(r.samples for r in self.draws)),
-        }

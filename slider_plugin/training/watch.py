@@ -19,7 +19,7 @@ from accelerate.utils import is_tensorboard_available
 from slider_plugin.config import RunConfig
 from slider_plugin.errors import UserError
 from slider_plugin.files import write_atomic
-from slider_plugin.training.loop import StepReport
+from slider_plugin.training.reports import StepReport
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from slider_plugin.demo import bundle, measure, world
 
@@ -43,6 +44,30 @@ def test_place_and_colours_are_read() -> None:
     assert measure.CHANGES["colour"](red, green) > 0.9
     assert measure.CHANGES["background"](red, attributes(SCENE.with_(background="white"))) > 0.05
     assert measure.CHANGES["place"](red, moved) == pytest.approx(np.hypot(0.1, 0.1) / 0.4, abs=0.05)
+
+
+@pytest.mark.parametrize("colour", list(world.COLOURS))
+@pytest.mark.parametrize("turn", [-25.0, 0.0, 25.0])
+@pytest.mark.parametrize("light", [0.5, 1.0])
+def test_a_turned_hue_is_read_whatever_the_colour_and_the_light(colour: str, turn: float, light: float) -> None:
+    scene = SCENE.with_(colour=colour, turn=turn, light=light)
+    assert attributes(scene).hue == pytest.approx(turn, abs=4.0)  # angles of mixed colours are not quite those of HSV
+    assert attributes(scene).brightness == pytest.approx(light * world.PALETTE_VALUE, abs=0.005)
+
+
+def test_a_position_is_how_far_right_it_is() -> None:
+    assert attributes(SCENE.with_(x=0.35)).position == pytest.approx(0.35, abs=0.01)
+    moved = measure.score("position", {(0, 0): {s: attributes(SCENE.with_(x=0.5 + 0.1 * s)) for s in (-1.0, 0.0, 1.0)}})
+    assert moved.monotonicity == pytest.approx(1.0) and moved.balance > 0.95 and "place" not in moved.preservation
+
+
+def test_balance_is_the_smaller_side_over_the_larger() -> None:
+    def score(low: float, high: float) -> float:
+        rows = {(0, 0): {s: attributes(SCENE.with_(light=0.6 + c)) for s, c in ((-1.0, low), (0.0, 0.0), (1.0, high))}}
+        return measure.score("brightness", rows).balance
+
+    assert score(-0.2, 0.1) == pytest.approx(0.5, abs=0.02) and score(-0.1, 0.2) == pytest.approx(0.5, abs=0.02)
+    assert score(0.1, 0.2) == 0.0, "both ends are brighter: that is no slider"
 
 
 def test_spearman_known_answers() -> None:
@@ -83,6 +108,22 @@ def test_held_out_prompts_are_in_no_bucket() -> None:
 def test_bucket_captions_do_not_name_the_concept() -> None:
     words = " ".join(p.read_text() for p in (bundle.fixtures() / "buckets").rglob("*.txt"))
     assert not {"small", "large", "dim", "bright", "light"} & set(words.split())
+
+
+@pytest.mark.parametrize(("concept", "least"), [("size", 0.15), ("brightness", 0.4), ("hue", 35.0), ("position", 0.2)])
+def test_the_two_sides_of_a_concept_are_pairs_that_differ_in_it(concept: str, least: float) -> None:
+    folder = bundle.fixtures() / "buckets" / concept
+    names = sorted(path.name for path in (folder / "more").glob("*.png"))
+    assert names == sorted(path.name for path in (folder / "less").glob("*.png"))
+    for name in names:
+        texts = [(folder / side / name).with_suffix(".txt").read_text() for side in ("more", "less")]
+        assert texts[0] == texts[1]
+        colour, background = (texts[0].split()[place] for place in (1, 5))
+        sides = []
+        for side in ("more", "less"):
+            with Image.open(folder / side / name) as image:
+                sides.append(measure.measure(np.asarray(image.convert("RGB"), dtype=np.float32) / 255.0, colour, background))
+        assert getattr(sides[0], concept) - getattr(sides[1], concept) > least
 
 
 def test_buckets_are_balanced() -> None:

@@ -20,6 +20,7 @@ from slider_plugin.configfile import read_config
 from slider_plugin.data.drawn import ANCHOR, AnchorSampler
 from slider_plugin.data.sampler import CycleSampler
 from slider_plugin.errors import ConfigError
+from slider_plugin.objectives.losses import ANCHOR_CAP
 from slider_plugin.preflight import preflight
 from slider_plugin.registry import Plugins
 from slider_plugin.training.loop import Trainer
@@ -44,12 +45,12 @@ def text_project(project: Project) -> Project:
     return write
 
 
-def shaken(trainer: Trainer) -> Trainer:
+def shaken(trainer: Trainer, size: float = 0.05) -> Trainer:
     """The same with something in its adapter."""
     with torch.no_grad():
         for name, parameter in trainer.adapter.named_parameters():
             if name.endswith("lora_B"):
-                parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(3))
+                parameter.normal_(std=size, generator=torch.Generator().manual_seed(3))
     return trainer
 
 
@@ -210,6 +211,20 @@ def test_anchors_take_turns_at_both_signs_after_each_cycle(project: Project) -> 
         assert batch.clean_BCHW.any(), "noised images, where there are any"
     folders = {file.parent.name for draw in anchors for file in trainer.data.batch(draw).files}
     assert folders == {"more", "less"}
+
+
+def test_an_anchor_is_kept_at_the_frozen_answer_and_its_loss_is_capped(text_project: Project) -> None:
+    trainer = trainer_of(text_project(slider_text=WORDS | {"anchors": ["a dog"]}))
+    batch = next(trainer.data.batch(draw) for draw in (next(trainer.sampler) for _ in range(3)) if draw.bucket == ANCHOR)
+    with trainer.adapter.scaled(batch.draw.scale):
+        assert float(trainer.loss(batch).detach()) == 0.0
+    shaken(trainer, 1.0)
+    with torch.no_grad(), trainer.adapter.scaled(batch.draw.scale):
+        (asked,) = trainer._questions([batch])
+        (frozen,), (answer,) = trainer._frozen([asked.ask]), trainer._answers([asked.ask])
+        cap = ANCHOR_CAP * float(frozen.square().mean())
+        assert float((answer - frozen).square().mean()) > 2 * cap
+        assert float(trainer.loss(batch)) == pytest.approx(cap, rel=1e-4)
 
 
 def test_the_place_among_anchors_is_kept() -> None:
