@@ -27,7 +27,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from slider_hooks import Ask, Objective, Question
+from slider_hooks import Ask, Objective, Question, UserError
 from slider_plugin.config import TextConfig
 
 
@@ -42,7 +42,12 @@ class Text(Objective):
         Args:
             sets: `slider_text`, at least one.
             guidance: `text_guidance`, eta.
+
+        Raises:
+            UserError: there is no set of prompts.
         """
+        if not sets:
+            raise UserError("slider_text: slider_objective text needs it: an object with target, positive and negative")
         self._sets, self._guidance = tuple(sets), guidance
         self.prompts = tuple(dict.fromkeys(text for one in sets for text in (one.target, *_ends(one))))
         self.anchors = tuple(dict.fromkeys(anchor for one in sets for anchor in one.anchors))

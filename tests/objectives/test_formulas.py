@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slider_hooks import Ask, Draw, Flow, Question
+from slider_hooks import Ask, Draw, Flow, Question, UserError
 from slider_plugin.config import TextConfig
 from slider_plugin.objectives.losses import ANCHOR_CAP, anchor_loss, learning_loss, preservation_loss, share_of
 from slider_plugin.objectives.pair import Pair, difference_mask
@@ -128,6 +128,11 @@ def test_above_a_guidance_of_one_the_norm_is_that_of_the_frozen_answer() -> None
     cosine = torch.nn.functional.cosine_similarity(strong.flatten(1), direction.flatten(1))
     assert torch.allclose(cosine, torch.ones(2), atol=1e-5)
     assert torch.equal(norm_matched(frozen[0], frozen[0]), frozen[0])
+
+
+def test_a_text_slider_without_prompts_is_refused() -> None:
+    with pytest.raises(UserError, match="slider_text: slider_objective text needs it"):
+        Text([])
 
 
 def test_sets_of_prompts_take_turns() -> None:
