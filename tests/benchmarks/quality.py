@@ -39,10 +39,13 @@ KEYS: Mapping[str, Mapping[str, Any]] = {
     "bucket": {},
     "pair": {"slider_objective": "pair"},
     "addift": {"slider_objective": "pair", "pair_target": "addift"},
-    "text": {"slider_objective": "text", "text_guidance": 0.5, "text_rollout_steps": 6, "train_batch_size": 3},
+    "text": {"slider_objective": "text", "text_rollout_steps": 6, "train_batch_size": 3},
 }
-"""By objective. For text half the difference between the two prompts on each side: with all of it both ends lie beyond what the
-world has, and a size that starts above the middle has less room to grow than to shrink."""
+"""By objective."""
+
+GUIDANCE = {"size": 0.5, "brightness": 0.5, "position": 2.0}
+"""Of text. Half the difference between the two prompts on each side: with all of it both ends lie beyond what the world has, and
+a size that starts above the middle has less room to grow than to shrink. Words for a place say less to these models."""
 
 WORDS: Mapping[str, tuple[Mapping[str, float], Mapping[str, float]]] = {
     "size": ({"radius": 0.38}, {"radius": 0.14}),
@@ -88,7 +91,7 @@ def one(family: str, concept: str, objective: str, seed: int, root: Path) -> Row
     written = json.loads(path.read_text()) | KEYS[objective] | {"seed": seed}
     if objective == "text":
         del written["data_backend_config"]
-        written |= {"slider_text": text_sets(concept), "gradient_accumulation_steps": 2}
+        written |= {"slider_text": text_sets(concept), "text_guidance": GUIDANCE[concept], "gradient_accumulation_steps": 2}
     path.write_text(json.dumps(written))
     config = read_config(path, (), Plugins.discover().facts)[0]
     assert config.max_train_steps <= STEPS
