@@ -44,8 +44,8 @@ KEYS: Mapping[str, Mapping[str, Any]] = {
 """By objective."""
 
 GUIDANCE = {"size": 0.5, "brightness": 0.5, "position": 2.0}
-"""Of text. Half the difference between the two prompts on each side: with all of it both ends lie beyond what the world has, and
-a size that starts above the middle has less room to grow than to shrink. Words for a place say less to these models."""
+"""Of text. Half the difference between the two prompts on each side: with all of it both ends lie beyond what the world has,
+and a size that starts above the middle has less room to grow than to shrink. Words for a place say less to these models."""
 
 WORDS: Mapping[str, tuple[Mapping[str, float], Mapping[str, float]]] = {
     "size": ({"radius": 0.38}, {"radius": 0.14}),
