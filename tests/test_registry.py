@@ -26,6 +26,7 @@ from slider_plugin import defaults, plugins_cmd
 from slider_plugin.errors import PluginError, UserError
 from slider_plugin.family import LoadedFamily
 from slider_plugin.lint import lint
+from slider_plugin.objectives.bucket import Bucket
 from slider_plugin.registry import PluginRow, Plugins
 
 ROOT = Path(__file__).parents[1]
@@ -435,6 +436,7 @@ def shaped(*shape: int) -> Any:
 
 CALLS: dict[str, Callable[[LoadedFamily], Any]] = {
     "resolve_lora_targets": lambda family: family.resolve_lora_targets(shaped(), None, REQUEST),
+    "build_objective": lambda family: family.build_objective("bucket", {}),
     "build_sampler": lambda family: family.build_sampler([], 0, "uniform", 1.0),
     "validation_prompt_scale": lambda family: family.validation_prompt_scale(ENTRY, 1.0),
     "load_components": lambda family: family.load_components(LoadRequest(model="folder", dtype=None)),
@@ -460,6 +462,7 @@ def test_every_hook_has_a_method_and_a_test() -> None:
 def test_the_family_answers_before_the_default(hook: str) -> None:
     answer = {
         "resolve_lora_targets": ResolvedTargets(expression="a", source="slider"),
+        "build_objective": Bucket(),
         "build_sampler": SimpleSampler(),
         "validation_prompt_scale": 0.5,
         "load_components": components(),
@@ -525,10 +528,15 @@ def test_wrong_answers_are_refused_by_name(hook: str, answer: Any, complaint: st
     assert complaint in message
 
 
-@pytest.mark.parametrize("hook", CALLS)
+@pytest.mark.parametrize("hook", [hook for hook in CALLS if hook != "build_objective"])
 def test_nobody_answering_is_an_error(hook: str) -> None:
     message = error_of(lambda: CALLS[hook](answering(hook, None, ModuleType("no_defaults"))))
     assert "gave None, and nobody else answers" in message
+
+
+def test_an_objective_that_nobody_knows_is_the_user_s_error() -> None:
+    with pytest.raises(UserError, match="'mine' is not among bucket, pair, text, and no installed extension answers to it"):
+        answering("build_objective", None).build_objective("mine", {})
 
 
 def test_none_hands_on_to_the_default() -> None:

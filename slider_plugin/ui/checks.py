@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -17,6 +16,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from slider_plugin.ui.children import environment, python
 
 IDLE = 600.0
 """Seconds without a question after which the child is ended."""
@@ -75,9 +76,9 @@ class Checker:
     def _started(self) -> subprocess.Popen[str]:
         if self._child is None or self._child.poll() is not None:
             self._child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "slider_plugin.ui.checks"],
+                python("slider_plugin.ui.checks"),
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
-                cwd=self._folder, env=os.environ | {"NO_COLOR": "1", "TERM": "dumb", "COLUMNS": WIDTH}, start_new_session=True,
+                cwd=self._folder, env=environment(NO_COLOR="1", TERM="dumb", COLUMNS=WIDTH), start_new_session=True,
             )  # fmt: skip
         return self._child
 

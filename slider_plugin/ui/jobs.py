@@ -17,7 +17,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from filelock import FileLock
 
 from slider_plugin.errors import UserError
 from slider_plugin.files import folder_replacing, write_atomic, write_json
+from slider_plugin.ui.children import environment, python
 
 TRAIN, RENDER, EXPORT = "train", "render", "export"
 LOG_END = 64 * 1024
@@ -181,7 +181,7 @@ class Jobs:
     def work(self) -> None:
         """Start a runner; where there is one already, the new one waits for a moment and leaves."""
         subprocess.Popen(
-            [sys.executable, "-P", "-m", "slider_plugin.ui.runner", str(self._state)],
+            python("slider_plugin.ui.runner", str(self._state)), env=environment(),
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             cwd=self._state.parent, start_new_session=True,
         )  # fmt: skip

@@ -7,7 +7,6 @@ a job that the killed one had begun.
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from slider_plugin.ui.children import environment, python
 from slider_plugin.ui.jobs import Job, Jobs
 
 PATIENCE = 10.0
@@ -54,13 +54,12 @@ def _work(jobs: Jobs, job: Job) -> None:
 
 
 def _start(job: Job, jobs: Jobs) -> subprocess.Popen[bytes]:
-    # -P: a file of the workspace by the name of a library must not be imported.
-    command = [sys.executable, "-P", "-m", "slider_plugin", *job.arguments]
+    command = python("slider_plugin", *job.arguments)
     quiet = {"NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "100", "PYTHONUNBUFFERED": "1"}
     with (job.folder / "log").open("ab") as log:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-            cwd=jobs.workspace, env=os.environ | quiet, start_new_session=True,
+            cwd=jobs.workspace, env=environment(**quiet), start_new_session=True,
         )  # fmt: skip
     job.begin(child)
     return child
