@@ -53,6 +53,9 @@ class Axis:
     """0..1: how much the images of the more uniform side differ, among each other and between their places, as a share of the
     other side's. Pictures may become that much more alike by the concept itself."""
 
+    chance: float
+    """0..1: the mean cosine of two different images of one side, beside the axis: how alike pictures are by chance."""
+
     images: tuple[int, int]
     """How many positive and negative images it was made of."""
 
@@ -86,8 +89,10 @@ def fit_axis(positive_BN: Array, negative_BN: Array, grid: tuple[int, int]) -> A
     whole = float((positive_BN.mean(0) - negative_BN.mean(0)) / scale_N @ unit_N)
     centre_N = (positive_BN.mean(0) + negative_BN.mean(0)) / 2
     counts = (len(positive_BN), len(negative_BN))
-    axis = Axis(centre_N, scale_N, unit_N, max(gap, 0.1 * whole), separation, 1.0, counts)
-    return replace(axis, evenness=_evenness(axis, positive_BN, negative_BN, grid))
+    axis = Axis(centre_N, scale_N, unit_N, max(gap, 0.1 * whole), separation, 1.0, 0.0, counts)
+    sides = [axis.beside(side_BN) for side_BN in (positive_BN, negative_BN)]
+    chance = float(np.mean([likeness(side_BN, np.arange(len(side_BN))) for side_BN in sides]))
+    return replace(axis, evenness=_evenness(axis, positive_BN, negative_BN, grid), chance=chance)
 
 
 def spread(vectors_XN: Array) -> float:
@@ -95,6 +100,13 @@ def spread(vectors_XN: Array) -> float:
     flat_XN = vectors_XN.reshape(-1, vectors_XN.shape[-1])
     one, other = np.triu_indices(len(flat_XN), 1)
     return float(np.linalg.norm(flat_XN[one] - flat_XN[other], axis=-1).mean()) if len(one) else 0.0
+
+
+def likeness(vectors_XN: Array, kinds_X: Array) -> float:
+    """Mean cosine of pairs of different kinds, 0..1; 0 where all are of one kind."""
+    unit_XN = vectors_XN / np.maximum(np.linalg.norm(vectors_XN, axis=-1, keepdims=True), 1e-12)
+    apart_XX = kinds_X[:, None] != kinds_X[None, :]
+    return max(0.0, float((unit_XN @ unit_XN.T)[apart_XX].mean())) if apart_XX.any() else 0.0
 
 
 def _evenness(axis: Axis, positive_BN: Array, negative_BN: Array, grid: tuple[int, int]) -> float:

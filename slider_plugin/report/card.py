@@ -2,9 +2,9 @@
 
 `step`, `family`, `adapter` (file name), `strengths` (rising), for each strength `response` (mean, in units of the distance
 from the negative to the positive images), `response_low` and `response_high` (95 % bootstrap interval over prompts and seeds)
-and `preservation` (1: all else stays, 0: as of another prompt); of the strengths that were trained `monotonicity`, `range`,
-`balance`, `linearity`, `smoothness` (see `scores.Scores`); `usable` with `min` and `max`; `flags`, each with `code` and
-`text`; `verdict`, a sentence; `strip` and `plot`, file names beside the report; `prompts`; `seeds`.
+and `preservation` (1: all else stays, 0: as of another prompt or image); of the strengths that were trained `monotonicity`,
+`range`, `balance`, `linearity`, `smoothness` (see `scores.Scores`); `usable` with `min` and `max`; `flags`, each with `code`
+and `text`; `verdict`, a sentence; `strip` and `plot`, file names beside the report; `prompts`; `seeds`.
 
 Besides: `trained` (the largest strength), `score` (0..1, by which checkpoints are compared), `confidence` (95 % intervals of
 the scores), `ends` (why `usable` ends), `measure` (what the response was measured with).

@@ -20,14 +20,15 @@ from slider_plugin.files import check_writable
 from slider_plugin.preflight import alignment
 from slider_plugin.registry import Plugins
 from slider_plugin.report import card as cards
+from slider_plugin.report.about import captions_of, facts_about
 from slider_plugin.report.calibrate import calibrate, check_calibration
 from slider_plugin.report.card import Card, card_of
 from slider_plugin.report.ends import Ends, of_buckets, of_words, sides_of
 from slider_plugin.report.probe import Drawn, Request, Score, curves_of, draw, strip
 from slider_plugin.report.scorers import Words, check_scorer, open_scorer
-from slider_plugin.stages.results import draw_settings, validation_seeds
 from slider_plugin.training.processes import check_one_process
 from slider_plugin.validation.render import DrawSettings, ScalableAdapter
+from slider_plugin.validation.settings import draw_settings, validation_seeds
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 
 STRENGTHS = tuple(-2.0 + 0.5 * i for i in range(9))
 SEEDS = 4
-CAPTIONS = 4
-"""Prompts that are taken from the data where the configuration has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,26 +94,6 @@ def report(config: RunConfig, adapter_file: Path, folder: Path, options: Options
     return Report(card, written, path, calibrated)
 
 
-def facts_about(
-    family: LoadedFamily, adapter: str, step: int, request: Request, scorer: str | None, ends: Ends
-) -> dict[str, Any]:
-    """The keys of a report that are no numbers."""
-    axis = ends.axis() if scorer is None else None
-    return {
-        "step": step,
-        "family": family.facts.name,
-        "adapter": adapter,
-        "prompts": list(request.prompts),
-        "seeds": list(request.seeds),
-        "measure": {
-            "kind": "latents" if scorer is None else "extension" if scorer == "extension" else Path(scorer).name,
-            "ends": ends.source,
-            "images": [len(side) for side in ends.vectors],
-            "separation": None if axis is None else round(axis.separation, 4),
-        },
-    }
-
-
 # --- What can be wrong ------------------------------------------------------------------------------------------------
 
 
@@ -125,12 +104,6 @@ def with_prompts(config: RunConfig, prompts: Sequence[str]) -> RunConfig:
         chosen = captions_of(open_buckets(config, alignment(config)).buckets)
     entries = tuple(PromptConfig(name=f"report{i}", prompt=prompt) for i, prompt in enumerate(chosen))
     return config.model_copy(update={"prompts": entries})
-
-
-def captions_of(buckets: Sequence[Bucket]) -> tuple[str, ...]:
-    """A few captions of positive and negative images in turn."""
-    captions = dict.fromkeys(item.captions[0] for pair in zip(*sides_of(buckets), strict=False) for _, item in pair)
-    return tuple(captions)[:CAPTIONS]
 
 
 def check_report(config: RunConfig, family: LoadedFamily, file: Path, folder: Path, options: Options) -> Checked:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from slider_hooks import Components, PromptEntry
-from slider_plugin.report.axis import Axis, spread
+from slider_plugin.report.axis import Axis, likeness, spread
 from slider_plugin.report.scores import Curves
 from slider_plugin.report.vectors import contrast, latents_of, pooled
 from slider_plugin.validation import strips
@@ -160,7 +160,7 @@ def curves_of(drawn: Drawn, axis: Axis | None, unit: float, trained: float) -> C
     return Curves(
         strengths=strengths,
         response_PQS=response_PQS,
-        kept_PQS=_kept(beside_PQSN, zero),
+        kept_PQS=_kept(beside_PQSN, zero, axis.chance if axis else None),
         spread_S=spread_S / spread_S[zero] if spread_S[zero] > 0 else np.ones(len(strengths)),
         contrast_S=contrast_S / max(float(contrast_S[zero]), 1e-12),
         trained=trained,
@@ -174,17 +174,20 @@ def _plain(vectors_PQSN: Array, zero: int) -> Array:
     return plain_PQSN
 
 
-def _kept(beside_PQSN: Array, zero: int) -> Array:
-    """The cosine between each picture and the same one at strength 0, from 0 (the mean of different pictures) to 1 (equal).
+def _kept(beside_PQSN: Array, zero: int, chance: float | None) -> Array:
+    """The cosine between each picture and the same one at strength 0, from 0 (that of different pictures) to 1 (equal).
 
-    A cosine, since contrast and light may be the concept itself: what counts is the pattern, not its size.
+    A cosine, since contrast and light may be the concept itself: what counts is the pattern, not its size. Different pictures
+    are those of different prompts. Seeds of one prompt may look much alike, and a small change of them be most of what tells
+    them apart; so with one prompt the training images' `chance` stands for that, or, without any, 0.
     """
     unit_PQSN = beside_PQSN / np.maximum(np.linalg.norm(beside_PQSN, axis=-1, keepdims=True), 1e-12)
     cosine_PQS = (unit_PQSN * unit_PQSN[:, :, zero : zero + 1]).sum(-1)
-    bases_XN = unit_PQSN[:, :, zero].reshape(-1, unit_PQSN.shape[-1])
-    one, other = np.triu_indices(len(bases_XN), 1)
-    chance = max(0.0, float((bases_XN[one] * bases_XN[other]).sum(-1).mean())) if len(one) else 0.0
-    kept_PQS: Array = (cosine_PQS - chance) / max(1.0 - chance, 1e-12)
+    prompts, seeds, _, size = beside_PQSN.shape
+    if prompts > 1:
+        chance = likeness(beside_PQSN[:, :, zero].reshape(-1, size), np.repeat(np.arange(prompts), seeds))
+    chance = min(chance or 0.0, 1.0 - 1e-6)
+    kept_PQS: Array = (cosine_PQS - chance) / (1.0 - chance)
     return kept_PQS
 
 

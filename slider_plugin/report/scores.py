@@ -43,7 +43,7 @@ class Curves:
     """Along the axis, against strength 0."""
 
     kept_PQS: Array
-    """Everything else: likeness to the picture at strength 0 beside the axis; 1 is the same, 0 as of another prompt or seed."""
+    """Everything else: likeness to the picture at strength 0 beside the axis; 1 is the same, 0 as of another picture."""
 
     spread_S: Array
     """How much the pictures of one strength differ among each other, as a share of that at strength 0."""

@@ -21,12 +21,12 @@ from slider_plugin.config import RunConfig
 from slider_plugin.data.buckets import Bucket
 from slider_plugin.files import replacing, write_atomic, write_json
 from slider_plugin.report import card as cards
-from slider_plugin.report.command import captions_of, facts_about
+from slider_plugin.report.about import captions_of, facts_about
 from slider_plugin.report.ends import Ends, of_buckets
 from slider_plugin.report.probe import Request, curves_of, draw, strip
-from slider_plugin.stages.results import draw_settings, validation_seeds, validation_size
 from slider_plugin.training.ema import finished_weights
 from slider_plugin.training.processes import draws_here
+from slider_plugin.validation.settings import draw_settings, validation_seeds, validation_size
 
 if TYPE_CHECKING:
     from slider_plugin.preflight import Preflight

@@ -3,7 +3,7 @@
 from slider_plugin.stages.card import write_card
 from slider_plugin.stages.data import encode, park
 from slider_plugin.stages.model import attach, find_targets, load, load_model, open_machine
-from slider_plugin.stages.results import check_validation, draw, export, export_best, validate, validation_size
+from slider_plugin.stages.results import check_validation, draw, export, export_best, validate
 from slider_plugin.stages.training import build_sampler, build_trainer, run
 
 __all__ = [
@@ -22,6 +22,5 @@ __all__ = [
     "park",
     "run",
     "validate",
-    "validation_size",
     "write_card",
 ]

@@ -18,6 +18,7 @@ from slider_plugin.preflight import Preflight, num_frames
 from slider_plugin.training.loop import Trainer
 from slider_plugin.validation.render import call_arguments
 from slider_plugin.validation.samples import sampling_rate
+from slider_plugin.validation.settings import validation_size
 
 if TYPE_CHECKING:
     from slider_plugin.family import LoadedFamily
@@ -91,8 +92,6 @@ def _makes(family: LoadedFamily) -> str:
 
 def _call(config: RunConfig, family: LoadedFamily, pipeline: Any, checked: Preflight) -> dict[str, Any]:
     """With what validation draws, as far as the pipeline takes it."""
-    from slider_plugin.stages.results import validation_size
-
     width, height = validation_size(config) or checked.size
     guidance = family.facts.guidance_scale if config.validation_guidance is None else config.validation_guidance
     wanted = {

@@ -25,12 +25,9 @@ from slider_plugin.export.metadata import for_programs
 from slider_plugin.preflight import (
     EXPORTED,
     Preflight,
-    control_image,
     controlnet_problems,
     draws,
-    image_file,
     model_of,
-    num_frames,
 )
 from slider_plugin.quantise import check_quantise
 from slider_plugin.targets import TargetPlan
@@ -39,13 +36,11 @@ from slider_plugin.training.loop import Trainer
 from slider_plugin.training.parking import Parked
 from slider_plugin.training.processes import draws_here
 from slider_plugin.training.watch import log_images
-from slider_plugin.validation.render import DrawSettings, Rendered, ScalableAdapter, render
+from slider_plugin.validation.render import Rendered, ScalableAdapter, render
+from slider_plugin.validation.settings import draw_settings, validation_seeds, validation_size
 
 if TYPE_CHECKING:
     from slider_plugin.family import LoadedFamily
-
-PIXELS_AT_ONCE = 8 * 512 * 512
-"""Of the images of a validation that are drawn in one batch."""
 
 
 def validate(config: RunConfig, trainer: Trainer, checked: Preflight, parked: Parked | None = None) -> Path | None:
@@ -96,37 +91,6 @@ def draw(
     if console.IS_MAIN:
         family.observe("validation", step=step, path=rendered.folder)
     return rendered
-
-
-def validation_seeds(config: RunConfig, count: int) -> range:
-    """The seeds of that many images of a prompt."""
-    first_seed = config.seed if config.validation_seed is None else config.validation_seed
-    return range(first_seed, first_seed + count)
-
-
-def draw_settings(config: RunConfig, family: LoadedFamily, components: Components, size: tuple[int, int]) -> DrawSettings:
-    """How the configuration wants images of `size` (width, height) drawn."""
-    guidance = family.facts.guidance_scale if config.validation_guidance is None else config.validation_guidance
-    return DrawSettings(
-        width=size[0],
-        height=size[1],
-        steps=config.validation_num_inference_steps,
-        guidance_scale=guidance,
-        negative_prompt=config.validation_negative_prompt,
-        num_frames=num_frames(config),
-        image=image_file(config),
-        control=None if components.control is None else str(control_image(config)),
-        extra=family.facts.call_kwargs,
-        batch_size=max(1, PIXELS_AT_ONCE // (size[0] * size[1])),
-    )
-
-
-def validation_size(config: RunConfig) -> tuple[int, int] | None:
-    """(width, height) of `validation_resolution`."""
-    if config.validation_resolution is None:
-        return None
-    width, _, height = config.validation_resolution.partition("x")
-    return int(width), int(height or width)
 
 
 def export(config: RunConfig, trainer: Trainer, targets: TargetPlan, checked: Preflight) -> Path | None:

@@ -91,6 +91,20 @@ def test_another_picture_is_not_kept_and_a_weaker_one_is() -> None:
     assert abs(kept[0]) < 0.2 and kept[1] == pytest.approx(1.0) and kept[2] == pytest.approx(1.0)
 
 
+def test_seeds_of_one_prompt_that_look_alike_do_not_count_as_other_pictures() -> None:
+    """Or a change as small as that between two seeds would be another picture."""
+    plus, minus, _ = groups(12.0, count=40)
+    axis = fit_axis(plus, minus, GRID)
+    assert 0.0 <= axis.chance < 0.1
+    rng = np.random.default_rng(7)
+    bases = 3 * rng.standard_normal(N) + 0.3 * rng.standard_normal((1, 3, 1, N))
+    vectors = np.repeat(bases, 3, axis=2)
+    vectors[:, :, 2] += 0.4 * rng.standard_normal((1, 3, N))
+    vectors[:, :, 0] = 3 * rng.standard_normal((1, 3, N))
+    kept = curves_of(drawn(vectors), axis, 1.0, 1.0).kept_PQS.mean((0, 1))
+    assert abs(kept[0]) < 0.25 and kept[2] > 0.95
+
+
 def test_pictures_that_become_alike_lose_their_spread_and_grey_ones_their_contrast() -> None:
     plus, minus, _ = groups(12.0, count=40)
     axis = fit_axis(plus, minus, GRID)
