@@ -60,12 +60,19 @@ def asked(
     return found | {"words": (positive, negative)}
 
 
+def _words(config: RunConfig, positive: str, negative: str) -> tuple[str, str]:
+    """Those that were given, else the prompts that a text slider was trained on."""
+    if config.slider_objective == "text" and config.slider_text and not (positive or negative):
+        return config.slider_text[0].positive, config.slider_text[0].negative
+    return positive, negative
+
+
 def run(config: RunConfig, adapters: Sequence[Path], output: Path | None, asked: dict[str, Any]) -> Printed:
     """Make the report of one slider, or the leakage matrix of several."""
     from slider_plugin.report.command import Options, report
     from slider_plugin.report.scorers import Words
 
-    options = Options(**(asked | {"words": Words(*asked["words"])}))
+    options = Options(**(asked | {"words": Words(*_words(config, *asked["words"]))}))
     folder = output or adapters[0].parent / "report"
     if len(adapters) > 1:
         from slider_plugin.report.sets import report_set

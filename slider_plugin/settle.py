@@ -150,6 +150,8 @@ class Settler:
             name, known, n=1, cutoff=0.8
         )
         hint = f"; did you mean {near[0]}?" if near else "; `slider train --keys` lists all keys"
+        if where == "flags" and name == "config":
+            hint = "; the configuration stands first, without a flag: slider train config.json"
         self.problems.append(f"{where}: {name}: no such key{hint}")
 
     def validated(self, model: type[Any], values: Mapping[str, Any], where: str) -> Any:

@@ -104,7 +104,8 @@ def verdict(scores: Scores, certain: Mapping[str, tuple[float, float]], flags: l
     """The report in one sentence."""
     faults = [flag for flag in flags if flag.code != "weak_axis"] or flags
     if faults:
-        return f"{faults[0].code.replace('_', ' ').capitalize()}: {faults[0].text}."
+        text = faults[0].text if faults[0].text.endswith("?") else f"{faults[0].text}."
+        return f"{faults[0].code.replace('_', ' ').capitalize()}: {text}"
     low, high = certain["range"]
     return (
         f"Works: from -{trained:g} to +{trained:g} the concept moves {scores.range:.2f} of the way from the negative to the "

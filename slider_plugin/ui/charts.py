@@ -28,8 +28,11 @@ class Line:
     """(x, low, high) around it."""
 
 
-def chart(title: str, lines: Sequence[Line], x_label: str, logarithmic: bool = False) -> Markup:
-    """A chart of all lines over one pair of axes; a screen reader hears the title and each line's last value."""
+def chart(title: str, lines: Sequence[Line], x_label: str, logarithmic: bool = False, half: bool = False) -> Markup:
+    """A chart of all lines over one pair of axes; a screen reader hears the title and each line's last value.
+
+    `half` is for a chart of half the page's width, whose letters would else be half as large.
+    """
     lines = [line for line in lines if line.points]
     if not lines:
         return Markup("")
@@ -44,10 +47,10 @@ def chart(title: str, lines: Sequence[Line], x_label: str, logarithmic: bool = F
     spoken = "; ".join(f"{line.name} {line.points[-1][1]:.3g}" for line in lines)
     body = Markup("").join(parts)
     return Markup(
-        '<figure class="chart"><figcaption>{title}<span class="legend">{legend}</span></figcaption>'
+        '<figure class="chart{half}"><figcaption>{title}<span class="legend">{legend}</span></figcaption>'
         '<svg viewBox="0 0 {w} {h}" role="img" aria-label="{title}: {spoken}">{body}</svg></figure>'
     ).format(
-        title=title, spoken=spoken, w=WIDTH, h=HEIGHT, body=body,
+        half=" half" if half else "", title=title, spoken=spoken, w=WIDTH, h=HEIGHT, body=body,
         legend=Markup("").join(Markup('<span class="key {}">{}</span>').format(line.style, line.name) for line in lines),
     )  # fmt: skip
 

@@ -96,7 +96,7 @@ def report_chart(reports: list[dict[str, Any]]) -> Any:
     """The report card's scores over steps."""
     lines = [Line(name, style, [(r["step"], value) for r in reports if (value := number(r.get(name))) is not None])
              for name, style in CURVES]  # fmt: skip
-    return chart("Report card over steps", lines, "step")
+    return chart("Report card over steps", lines, "step", half=True)
 
 
 def response_chart(card: dict[str, Any] | None) -> Any:
@@ -113,7 +113,7 @@ def response_chart(card: dict[str, Any] | None) -> Any:
     kept = numbers(card.get("preservation"))
     if len(kept) == len(strengths):
         lines.append(Line("preservation", "negative", list(zip(strengths, kept, strict=True))))
-    return chart("Response to the strength", lines, "strength")
+    return chart("Response to the strength", lines, "strength", half=True)
 
 
 def numbers(values: Any) -> list[float]:

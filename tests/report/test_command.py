@@ -15,7 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from site_packages import Site
 
+from slider_plugin import report_cmd
 from slider_plugin.cli import execute
+from slider_plugin.config import RunConfig
+from slider_plugin.errors import UserError
 from slider_plugin.registry import Plugins
 from slider_plugin.report.scorers import Seer
 from slider_plugin.report.sets import SliderSet
@@ -90,6 +93,22 @@ def test_a_slider_of_another_family_is_refused(
     keys = ("--model_family", "z_image", "--pretrained_model_name_or_path", tiny_folders("z_image"))
     assert report(slider, *FEW, *keys) == 2
     assert "is a slider of sd1, and model_family is z_image" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_text_slider_is_measured_by_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [{"target": "a person", "positive": "an old person", "negative": "a young person"}]
+    config = RunConfig(model_family="sd1", slider_objective="text", slider_text=words)
+    given: list[tuple[str, str]] = []
+
+    def stop(config: Any, adapter: Path, folder: Path, options: Any) -> None:
+        given.append((options.words.positive, options.words.negative))
+        raise UserError("stop")
+
+    monkeypatch.setattr("slider_plugin.report.command.report", stop)
+    for positive, negative in (("", ""), ("tall", "short")):
+        with pytest.raises(UserError, match="stop"):
+            report_cmd.run(config, [Path("x")], None, report_cmd.asked(None, [], 1, None, positive, negative, False))
+    assert given == [("an old person", "a young person"), ("tall", "short")]
 
 
 def test_words_stand_in_for_images(slider: Path) -> None:
