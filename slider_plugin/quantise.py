@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from slider_hooks import Family
+from slider_plugin.alone import assert_alone
 from slider_plugin.config import RunConfig
 from slider_plugin.errors import UserError
 
@@ -53,18 +54,7 @@ def check_quantise(config: RunConfig) -> None:
             f"base_model_precision: {kind.package} is not installed; pip install 'slider-plugin[{kind.extra}]', "
             "or write no_change"
         )
-    beside = {
-        "lora_type lycoris": config.lycoris is not None,
-        "a ControlNet": config.has_controlnet,
-        "base_loras": bool(config.base_loras),
-        "assistant_lora_path": config.assistant_lora_path is not None and not config.disable_assistant_lora,
-        "torch_compile": config.torch_compile != "no",
-    }
-    if found := [name for name, given in beside.items() if given]:
-        raise UserError(
-            f"base_model_precision: {config.base_model_precision} does not go together with {', '.join(found)} in this "
-            "version; write no_change, or take that out"
-        )
+    assert_alone(config, f"base_model_precision: {config.base_model_precision}", "write no_change")
 
 
 def to_quantise(family: Family) -> Callable[[nn.Module, str], bool]:

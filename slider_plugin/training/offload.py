@@ -20,25 +20,16 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import Module, ModuleList, Parameter
 
+from slider_plugin.alone import assert_alone
 from slider_plugin.config import RunConfig
 from slider_plugin.errors import UserError
 
 
 def check_offload(config: RunConfig) -> None:
     """Raise UserError if `enable_group_offload` does not go together with the rest."""
-    beside = {
-        "lora_type lycoris": config.lycoris is not None,
-        "a ControlNet": config.has_controlnet,
-        "base_loras": bool(config.base_loras),
-        "assistant_lora_path": config.assistant_lora_path is not None and not config.disable_assistant_lora,
-        "torch_compile": config.torch_compile != "no",
-        "base_model_precision": config.base_model_precision != "no_change",
-    }
-    if config.enable_group_offload and (found := [name for name, given in beside.items() if given]):
-        raise UserError(
-            f"enable_group_offload does not go together with {', '.join(found)} in this version; set it to false, or take "
-            "that out"
-        )
+    if config.enable_group_offload:
+        quantised = config.base_model_precision != "no_change"
+        assert_alone(config, "enable_group_offload", "set it to false", base_model_precision=quantised)
 
 
 class _Away(NamedTuple):
