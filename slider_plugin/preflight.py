@@ -97,7 +97,7 @@ def preflight(config: RunConfig, family: LoadedFamily) -> Preflight:
     _or_note(problems, lambda: check_optimizer(config))
     _or_note(problems, lambda: check_compile(config))
     _or_note(problems, lambda: check_quantise(config))
-    _or_note(problems, lambda: check_offload(config))
+    _or_note(problems, lambda: check_offload(config, denoiser))
     _or_note(problems, lambda: check_times(config, family, model))
     _or_note(problems, lambda: check_trackers(config))
     objective = _or_note(problems, lambda: family.build_objective(config.slider_objective, config.model_dump(mode="json")))

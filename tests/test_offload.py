@@ -19,12 +19,12 @@ from torch.nn import Module
 from slider_plugin import run
 from slider_plugin.adapters.peft_lora import LoraAdapter
 from slider_plugin.configfile import read_config
-from slider_plugin.errors import ConfigError, UserError
+from slider_plugin.errors import ConfigError
 from slider_plugin.preflight import preflight
 from slider_plugin.registry import Plugins
 from slider_plugin.stages import model as stages_model
 from slider_plugin.testing.subject import Subject
-from slider_plugin.training.offload import Offload, blocks_of
+from slider_plugin.training.offload import Offload
 
 Project = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -132,6 +132,8 @@ def test_what_does_not_go_together_is_said_beforehand(project: Project) -> None:
         preflight(config, Plugins.discover().load("sd1"))
 
 
-def test_a_model_without_blocks_is_refused() -> None:
-    with pytest.raises(UserError, match="a Linear has no list of blocks"):
-        blocks_of(torch.nn.Linear(2, 2))
+def test_a_model_without_blocks_is_refused_before_it_is_loaded(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = read_config(project("sd1", enable_group_offload=True), (), Plugins.discover().facts)[0]
+    monkeypatch.setattr("slider_plugin.training.offload.ModuleList", torch.nn.Linear)
+    with pytest.raises(ConfigError, match="a UNet2DConditionModel has no list of blocks"):
+        preflight(config, Plugins.discover().load("sd1"))

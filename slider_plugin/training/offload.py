@@ -25,11 +25,13 @@ from slider_plugin.config import RunConfig
 from slider_plugin.errors import UserError
 
 
-def check_offload(config: RunConfig) -> None:
-    """Raise UserError if `enable_group_offload` does not go together with the rest."""
+def check_offload(config: RunConfig, denoiser: Module | None) -> None:
+    """Raise UserError if `enable_group_offload` does not go together with the rest, or with a denoiser, if that is known."""
     if config.enable_group_offload:
         quantised = config.base_model_precision != "no_change"
         assert_alone(config, "enable_group_offload", "set it to false", base_model_precision=quantised)
+        if denoiser is not None:
+            blocks_of(denoiser)
 
 
 class _Away(NamedTuple):
