@@ -346,6 +346,7 @@ class RunConfig(_Strict):
     )
     text_guidance: Positive = Field(1.0, description="text: factor of the direction; above 1 the answer's norm is kept")
     text_rollout_steps: Count = Field(20, description="text without images: steps from noise to image of what the model draws")
+    text_rollout_guidance: Positive = Field(1.0, description="text without images: guidance of what the model draws; 1 is none")
     random_strength: Annotated[tuple[float, float] | None, BeforeValidator(_shares)] = Field(
         None, description="on or LOW,HIGH: share of the strength that each cycle draws, both signs alike; off is always all"
     )

@@ -36,7 +36,10 @@ INHERITED = (
 """Keys of the configuration that are the defaults of every bucket."""
 
 FAMILY_KEY = "model_family"
-OF_OBJECTIVES = {"pair": ("pair_target", "pair_mask"), "text": ("slider_text", "text_guidance", "text_rollout_steps")}
+OF_OBJECTIVES = {
+    "pair": ("pair_target", "pair_mask"),
+    "text": ("slider_text", "text_guidance", "text_rollout_steps", "text_rollout_guidance"),
+}
 """Keys that mean something to one objective."""
 
 OF_IMAGES = ("bucket", "pair")

@@ -547,7 +547,7 @@ CHANGED: dict[str, Any] = {
     "controlnet": True, "controlnet_model_name_or_path": "org/control", "controlnet_conditioning_scale": 0.5,
     "slider_objective": "an_extension_s", "objective_config": {"rows": 3}, "pair_target": "addift", "pair_mask": 0.1,
     "slider_text": {"target": "", "positive": "old", "negative": "young", "attributes": ["male"], "anchors": ["a dog"]},
-    "text_guidance": 2, "text_rollout_steps": 5, "random_strength": "0.5,2",
+    "text_guidance": 2, "text_rollout_steps": 5, "text_rollout_guidance": 3, "random_strength": "0.5,2",
     "controlnet_zero_layers": "refuse", "validation_control_image": "outline.png",
     "peft_lora_target_modules": ["to_q"], "data_backend_sampling": "auto-weighting", "resolution": 64,
     "resolution_type": "pixel", "caption_strategy": "filename", "instance_prompt": "all", "minimum_image_size": 8,

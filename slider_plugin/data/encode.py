@@ -228,7 +228,7 @@ def encode_once(
     rate = _sampling_rate(components, buckets)
     images = {(b.name, item.path): _image_key(store, b, item, rate) for b in buckets for item in b.items}
     captions = {c: None for bucket in buckets for item in bucket.items for c in item.captions}
-    if config.caption_dropout_probability:
+    if config.caption_dropout_probability or (drawn and config.text_rollout_guidance != 1.0):
         captions[""] = None
     spoken = (*objective.prompts, *objective.anchors) if objective else ()
     prompts = {caption: _key("prompt", caption) for caption in (*captions, *spoken)}

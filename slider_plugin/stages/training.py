@@ -88,6 +88,7 @@ def build_trainer(
         objective=checked.objective,
         random_strength=config.random_strength,
         rollout_steps=config.text_rollout_steps,
+        rollout_guidance=config.text_rollout_guidance,
         accelerator=machine,
         optimizer=optimizer,
         schedule=make_schedule(config, optimizer),

@@ -34,7 +34,7 @@ from slider_plugin.training.optimizers import present_rate
 from slider_plugin.training.pairing import Pairing, why_not
 from slider_plugin.training.processes import Processes
 from slider_plugin.training.reports import DrawReport, StepReport, report_of
-from slider_plugin.training.rollout import rollout, steps_to
+from slider_plugin.training.rollout import Predict, rollout, steps_to
 from slider_plugin.training.seeds import derived_seed, generator, seed_device
 
 if TYPE_CHECKING:
@@ -65,6 +65,9 @@ class Trainer:
 
     rollout_steps: int = 20
     """From noise to image, where the model draws what it is asked about."""
+
+    rollout_guidance: float = 1.0
+    """Of the same, towards the prompt and away from the empty one; 1 is none."""
 
     accelerator: Accelerator
     optimizer: torch.optim.Optimizer
@@ -286,15 +289,21 @@ class Trainer:
         conditioning = [told for batch in batches for told in batch.conditioning]
         count = steps_to(self.noise, torch.cat([self._times(batch) for batch in batches]), self.rollout_steps)
         with torch.no_grad(), self.adapter.scaled(self._scale(batches)):
-            noisy_BCHW = rollout(
-                self.noise,
-                lambda noisy_BCHW, time_B: self.predict(noisy_BCHW, time_B, conditioning),
-                torch.cat(list(noise)),
-                torch.cat(list(times)),
-                count,
-            )
+            noisy_BCHW = rollout(self.noise, self._guided(conditioning), torch.cat(list(noise)), torch.cat(list(times)), count)
         rolled: Sequence[Tensor] = noisy_BCHW.split([len(time_B) for time_B in times])
         return rolled
+
+    def _guided(self, conditioning: Sequence[Conditioning]) -> Predict:
+        """The denoiser's answer, with classifier-free guidance (arXiv 2207.12598) where that is asked for."""
+        if self.rollout_guidance == 1.0:
+            return lambda noisy_BCHW, time_B: self.predict(noisy_BCHW, time_B, conditioning)
+        empty = self.data.told(conditioning, "")
+
+        def guided(noisy_BCHW: Tensor, time_B: Tensor) -> Tensor:
+            told_BCHW, empty_BCHW = (self.predict(noisy_BCHW, time_B, prompt) for prompt in (conditioning, empty))
+            return empty_BCHW + self.rollout_guidance * (told_BCHW - empty_BCHW)
+
+        return guided
 
     def _scale(self, batches: Sequence[Batch]) -> Scale:
         """The scale of one draw, or one for each sample of several."""

@@ -111,6 +111,17 @@ def test_without_images_the_model_draws_them_with_the_adapter_at_the_drawn_sign(
     assert not torch.allclose(*seen, atol=1e-4), "the adapter has its part in what is drawn"
 
 
+def test_what_the_model_draws_may_be_guided(text_project: Project) -> None:
+    """One step of DDIM with `f("") + 3 (f(prompt) - f(""))`."""
+    trainer = shaken(trainer_of(text_project(text_rollout_steps=1, text_rollout_guidance=3)))
+    (asked,) = trainer._questions([trainer.data.batch(next(trainer.sampler))])
+    first, e = torch.full((2,), len(trainer.components.scheduler.alphas_cumprod) - 1), asked.noise
+    without, told = (unet(trainer, e, first, prompt, 1.0) for prompt in ("", WORDS["target"]))
+    clean, found = trainer.noise.apart(e, without + 3 * (told - without), first)
+    assert torch.allclose(asked.ask.noisy, trainer.noise.add_noise(clean, found, asked.ask.time), atol=1e-4)
+    assert not torch.allclose(without, told, atol=1e-4)
+
+
 def test_all_frozen_prompts_are_answered_in_one_forward(text_project: Project) -> None:
     words = WORDS | {"attributes": ["red", "blue"]}
     trainer = trainer_of(text_project(slider_text=words, text_rollout_steps=1, timestep_range=[0.9, 1.0]))
