@@ -190,7 +190,7 @@ def _probe(folder: Path, others: list[object], as_json: bool) -> None:
 @app.command()
 def demo(
     family: Annotated[str, typer.Option(help="sd1 or z_image")] = "sd1",
-    concept: Annotated[str, typer.Option(help="size, brightness, hue or position")] = "size",
+    concept: Annotated[str, typer.Option(help="size, brightness, hue, position or elevation")] = "size",
     adapter: Annotated[str, typer.Option(help="lora, lokr or full")] = "lora",
     steps: Annotated[int | None, typer.Option(help="Optimizer steps", min=1)] = None,
     output: Annotated[Path, typer.Option(help="Folder for strip, slider and report")] = Path("slider-demo"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from slider_plugin.errors import UserError
 
 FAMILIES = ("sd1", "z_image")
-CONCEPTS = ("size", "brightness", "hue", "position")
+CONCEPTS = ("size", "brightness", "hue", "position", "elevation")
 
 
 def fixtures() -> Path:

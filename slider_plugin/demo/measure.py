@@ -66,6 +66,11 @@ class Attributes:
         """How far right the shape is, 0..1."""
         return self.place[0]
 
+    @property
+    def elevation(self) -> float:
+        """How far up the shape is, 0..1."""
+        return 1.0 - self.place[1]
+
 
 def measure(image: np.ndarray, colour: str, background: str) -> Attributes:
     """Read the attributes off an image that should show a shape of one colour on a background of another.
@@ -130,7 +135,7 @@ def _chromaticity(image: np.ndarray, weight: np.ndarray) -> tuple[float, float, 
 PALE = 0.5
 """Saturation below which a pixel is background: backgrounds have at most 0.39, colours at least 0.83."""
 
-OWN = {"position": "place", "hue": "colour"}
+OWN = {"position": "place", "elevation": "place", "hue": "colour"}
 """Changes that are a concept's own, where its name is another."""
 
 Changes = Mapping[str, Callable[[Attributes, Attributes], float]]
@@ -193,7 +198,7 @@ def score(concept: str, images: Mapping[tuple[int, int], Mapping[float, Attribut
     """Score a slider for a concept.
 
     Args:
-        concept: the attribute that should move: `size`, `brightness`, `hue` or `position`.
+        concept: the attribute that should move: `size`, `brightness`, `hue`, `position` or `elevation`.
         images: for each (prompt, seed) the attributes by strength; the strengths hold -1, 0 and 1.
     """
     strengths = sorted(next(iter(images.values())))

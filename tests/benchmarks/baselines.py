@@ -1,7 +1,7 @@
 """The published formulas written out, each as a trainer: what `quality` compares the objectives with.
 
 Targets, rank, optimizer, learning rate, steps and samples in a step are ours, so that the formula alone differs; faults of the
-published programs (one seed for all noise, a time that is not that of the latents, PEERS.md 1.1) are left out. A neutral bucket
+published programs (one seed for all noise, a time that is not that of the latents) are left out. A neutral bucket
 is left out, too: at strength 0 it has no gradient, so its share of a step goes to the signed ones.
 
     concept-text    L = || f_1(x_t, c_t) - (f_0(x_t, c_t) + eta (f_0(x_t, c+) - f_0(x_t, c-))) ||^2

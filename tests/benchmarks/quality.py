@@ -53,7 +53,7 @@ KEYS: Mapping[str, Mapping[str, Any]] = {
 LIKENESS: Mapping[str, str] = {"concept-text": "text", "concept-image": "pair", "plain-bucket": "bucket"}
 """The objective that a published formula is compared with."""
 
-STEPS_OF: Mapping[tuple[str, str], int] = {("sd1", "position"): 200}
+STEPS_OF: Mapping[tuple[str, str], int] = {("sd1", "position"): 200, ("sd1", "elevation"): 200}
 """Where the demo's number of steps is too small for the side that has less room."""
 
 STRENGTHS: Mapping[str, float] = {"addift": 2.0}
@@ -68,13 +68,14 @@ WORDS: Mapping[str, tuple[Mapping[str, float], Mapping[str, float]]] = {
     "brightness": ({"light": 0.95}, {"light": 0.40}),
     "position": ({"x": 0.66}, {"x": 0.34}),
 }
-"""What the world's captions have words for; there are none for a hue beside a colour."""
+"""What the world's captions have words for; there are none for a hue beside a colour, or for above and below."""
 
 RANGES = {
     "size": measure.AREA_RANGE,
     "brightness": measure.LIGHT_RANGE * world.PALETTE_VALUE,
     "hue": 48.0,  # degrees, between the two buckets
     "position": measure.PLACE_RANGE,
+    "elevation": measure.PLACE_RANGE,
 }
 """Of each concept in the world, in the unit of its attribute."""
 

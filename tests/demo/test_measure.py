@@ -55,6 +55,10 @@ def test_a_turned_hue_is_read_whatever_the_colour_and_the_light(colour: str, tur
     assert attributes(scene).brightness == pytest.approx(light * world.PALETTE_VALUE, abs=0.005)
 
 
+def test_an_elevation_is_how_far_up_it_is() -> None:
+    assert attributes(SCENE.with_(y=0.35)).elevation == pytest.approx(0.65, abs=0.01)
+
+
 def test_a_position_is_how_far_right_it_is() -> None:
     assert attributes(SCENE.with_(x=0.35)).position == pytest.approx(0.35, abs=0.01)
     moved = measure.score("position", {(0, 0): {s: attributes(SCENE.with_(x=0.5 + 0.1 * s)) for s in (-1.0, 0.0, 1.0)}})
@@ -110,7 +114,9 @@ def test_bucket_captions_do_not_name_the_concept() -> None:
     assert not {"small", "large", "dim", "bright", "light"} & set(words.split())
 
 
-@pytest.mark.parametrize(("concept", "least"), [("size", 0.15), ("brightness", 0.4), ("hue", 35.0), ("position", 0.2)])
+@pytest.mark.parametrize(
+    ("concept", "least"), [("size", 0.15), ("brightness", 0.4), ("hue", 35.0), ("position", 0.2), ("elevation", 0.2)]
+)
 def test_the_two_sides_of_a_concept_are_pairs_that_differ_in_it(concept: str, least: float) -> None:
     folder = bundle.fixtures() / "buckets" / concept
     names = sorted(path.name for path in (folder / "more").glob("*.png"))
