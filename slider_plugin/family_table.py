@@ -1,4 +1,4 @@
-"""The table of families in README, made from the code and from what tests/families/routes.py found out.
+"""The table of families in docs/families.md, made from the code and from what tests/families/routes.py found out.
 
 `python -m slider_plugin.family_table`, in a checkout, or with the path of a routes.json.
 """
@@ -27,11 +27,11 @@ HEAD = ("family", "models", "targets", "joint", "predicts", "makes", *COLUMNS.va
 SAID = ("yes", "-")
 OUTCOMES = Path(__file__).parents[1] / "tests" / "families" / "routes.json"
 LEGEND = """\
-The last five columns are what [a program](tests/families/routes.py) tried on each family's tiny pipeline, and found: the layers
-of its expression and no others are wrapped, each learns, strength 0 is the base bit for bit, every layer's change at -1 mirrors
-the one at +1, and the file answers the same in diffusers, PEFT or lycoris-lora. *LyCORIS* is LoKr. *full* leaves out layers
-whose weights the model reads. *ControlNet* is a slider on the family's own (`-`: it has none). *assistant* is a frozen LoRA
-beside each of the first three; it adds the same at +1, 0 and -1.
+The last five columns are what [a program](../tests/families/routes.py) tried on each family's tiny pipeline, and found: the
+layers of its expression and no others are wrapped, each learns, strength 0 is the base bit for bit, every layer's change at
+-1 mirrors the one at +1, and the file answers the same in diffusers, PEFT or lycoris-lora. *LyCORIS* is LoKr. *full* leaves
+out layers whose weights the model reads. *ControlNet* is a slider on the family's own (`-`: it has none). *assistant* is a
+frozen LoRA beside each of the first three; it adds the same at +1, 0 and -1.
 """
 
 

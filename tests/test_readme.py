@@ -19,7 +19,8 @@ from slider_plugin.demo import bundle
 from slider_plugin.lycoris_config import DOCUMENTED
 from slider_plugin.registry import Plugins
 
-PAGE = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "README.md").read_text(encoding="utf-8")
 TITLE = "From two folders to a slider, in six steps"
 SMALL = {"resolution": 64, "max_train_steps": 2, "validation_num_inference_steps": 2, "mixed_precision": "no", "lora_rank": 4}
 """What is changed for a tiny model, besides its place."""
@@ -34,7 +35,8 @@ def guide() -> str:
 def files() -> dict[str, Any]:
     """The guide's JSON, by the name of the file that it belongs into."""
     named = re.findall(r"^`([\w.]+)`:\n\n```json\n(.*?)^```", guide(), re.DOTALL | re.MULTILINE)
-    assert len(named) == PAGE.count("```json"), "each block of JSON in README is a named file of the guide"
+    pages = PAGE + "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md"))
+    assert len(named) == pages.count("```json"), "each block of JSON in README or docs/ is a named file of the guide"
     return {name: json.loads(text) for name, text in named}
 
 

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 HOST = [p for p in (ROOT / "slider_plugin").rglob("*.py") if "architectures" not in p.parts]
 FAMILIES = [p for p in (ROOT / "slider_plugin" / "architectures").glob("*.py") if p.name != "__init__.py"]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(p for d in ("docs", "hooks") for p in sorted((ROOT / d).glob("*.md")))]
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "lycoris", "safetensors"}
 
 
@@ -79,3 +80,44 @@ def test_readme_names_the_two_commands_that_ci_runs() -> None:
     command = re.search(r"^pip install .*& pytest -n auto .*$", readme, re.MULTILINE)
     assert command
     assert command[0].removeprefix("pip install ") in ci
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def links(page: Path) -> list[str]:
+    """Where its links and pictures lead, but for other sites."""
+    found = re.findall(r"\]\(([^)\s]*)\)", re.sub(r"`[^`]*`", "", prose(page)))
+    return [link for link in found if not re.match(r"[a-z]+:", link)]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of its headings, by GitHub's rule; one that comes again is numbered."""
+    found: list[str] = []
+    for heading in re.findall(r"^#+ +(.*?)[ #]*$", prose(page), re.MULTILINE):
+        text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
+        found.append(re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-"))
+    return {f"{slug}-{n}" if (n := found[:i].count(slug)) else slug for i, slug in enumerate(found)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.is_relative_to(ROOT.resolve()) and target.exists(), f"{link}: there is no such file"
+        assert not anchor or (target.suffix == ".md" and anchor in anchors(target)), f"{link}: there is no such heading"
+
+
+def test_anchors_are_made_by_github_s_rule(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# On torch.compile\n## The demo's `a_b`, [one](x.md) - two\n```bash\n# none\n```\n## Twice\n## Twice\n")
+    assert anchors(page) == {"on-torchcompile", "the-demos-a_b-one---two", "twice", "twice-1"}
+
+
+def test_readme_leads_to_every_page_of_docs() -> None:
+    readme = ROOT / "README.md"
+    linked = {readme.parent / link.partition("#")[0] for link in links(readme)}
+    assert {page for page in PAGES if page.parent.name == "docs"} <= linked

@@ -85,7 +85,7 @@ def test_an_adapter_that_the_demo_has_not(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize("concept", ["size", "brightness"])
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_the_bars(family: str, concept: str, adapter: str, tmp_path: Path) -> None:
-    """The bars are for size; brightness is held to those for monotonicity because it reaches them. README has the others."""
+    """The bars are for size; brightness is held to those for monotonicity because it reaches them. See docs/quality.md."""
     report = demo(tmp_path, "--family", family, "--concept", concept, "--adapter", adapter)
     assert report["monotonicity"] >= 0.95
     assert report["monotonicity_p10"] >= 0.8

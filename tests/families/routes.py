@@ -1,7 +1,7 @@
 """Every way to a slider on every family's tiny pipeline: a LoRA, LoKr, `full`, one on a ControlNet, one beside an assistant.
 
-`python tests/families/routes.py` tries them all and writes routes.json beside it, which README's table of families is made
-from and which test_routes.py holds to what happens.
+`python tests/families/routes.py` tries them all and writes routes.json beside it, which the table in docs/families.md
+is made from and which test_routes.py holds to what happens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every route on every family: what happens is what routes.json says, which README's table of families is made from."""
+"""Every route on every family: what happens is what routes.json says, which the table in docs/families.md is made from."""
 
 from __future__ import annotations
 
