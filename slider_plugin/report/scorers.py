@@ -127,9 +127,23 @@ class Seer:
                 f"--positive: {type(self._model).__name__} of --scorer reads no words; leave them out, and the images tell "
                 "what the concept is"
             )
-        padding = "max_length" if "siglip" in type(self._model).__name__.lower() else True  # which SigLIP was trained with
-        tokens = self._part("AutoTokenizer")(texts, padding=padding, truncation=True, return_tensors="pt")
+        tokens = self._part("AutoTokenizer")(**self._how(texts), truncation=True, return_tensors="pt")
         return _normalised(_pooled(embed(**{name: value.to(self._device) for name, value in tokens.items()})))
+
+    def _how(self, texts: list[str]) -> dict[str, Any]:
+        """SigLIP embeds what stands last at the one length that it was trained at, in small letters and with nothing masked.
+
+        Its second version's tokenizer says none of this itself.
+        """
+        if "siglip" not in type(self._model).__name__.lower():
+            return {"text": texts, "padding": True}
+        length = self._model.config.text_config.max_position_embeddings
+        return {
+            "text": [text.lower() for text in texts],
+            "padding": "max_length",
+            "max_length": length,
+            "return_attention_mask": False,
+        }
 
 
 def _pooled(answer: Any) -> Tensor:

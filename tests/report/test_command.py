@@ -206,6 +206,29 @@ def test_a_clip_s_score_is_the_cosine_to_the_words(clip: Path) -> None:
     assert np.allclose((seer.see(images) @ line.T)[:, 0], (cosines[:, 0] - cosines[:, 1]).numpy(), atol=1e-6)
 
 
+def test_a_siglip_reads_words_at_the_length_it_was_trained_with(clip: Path, tmp_path: Path) -> None:
+    """Whatever its tokenizer says; and in small letters."""
+    from transformers import AutoTokenizer, SiglipConfig, SiglipImageProcessor, SiglipModel
+
+    tokenizer = AutoTokenizer.from_pretrained(clip)
+    tokenizer.model_max_length = 10**30  # as that of SigLIP 2
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    text = small | {"vocab_size": len(tokenizer), "max_position_embeddings": 12}
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config=small | {"image_size": 32, "patch_size": 16})).eval()
+    for part in (model, tokenizer, SiglipImageProcessor(size={"height": 32, "width": 32})):
+        part.save_pretrained(tmp_path)
+    ids = tokenizer(["big", "small"], padding="max_length", max_length=12, return_tensors="pt").input_ids
+    image = Image.new("RGB", (32, 32), "red")
+    pixels = torch.full((1, 3, 32, 32), -1.0)
+    pixels[:, 0] = 1.0
+    with torch.no_grad():
+        answer = model(input_ids=ids, pixel_values=pixels)
+    seer = Seer(tmp_path, torch.device("cpu"))
+    assert np.allclose(seer.read(["Big", "SMALL"]), answer.text_embeds.numpy(), atol=1e-6)  # which transformers has normalised
+    assert np.allclose(seer.see([image]), answer.image_embeds.numpy(), atol=1e-6)
+
+
 def test_a_report_by_clip_from_a_folder(slider: Path, clip: Path) -> None:
     assert report(slider, *FEW, "--scorer", clip) == 0
     written = json.loads((slider.parent / "report" / "report.json").read_text())
