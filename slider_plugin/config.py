@@ -1,144 +1,40 @@
 """What a run is: every key of a configuration, typed, with its default and one line of help.
 
 The key names are those of the specification and of SimpleTuner's config.json, dataloader JSON and prompt library, so that
-existing files can be read. `configfile.py` reads files and flags into these models and reports every problem at once.
-The command line, `slider train --help` and the page are made from this schema.
+existing files can be read. `configfile.py` reads files and flags into these models and reports every problem at once;
+`config_values.py` holds the types of single values. The command line, `slider train --help` and the page are made from this
+schema.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    FiniteFloat,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from slider_hooks import TargetRequest
+from slider_plugin.config_values import (
+    Chance,
+    Count,
+    Fraction,
+    Modules,
+    NotNegative,
+    Number,
+    Numbers,
+    Positive,
+    Seed,
+    Settings,
+    Shares,
+    Shift,
+    Size,
+    Steps,
+    Strength,
+    Window,
+    Words,
+)
 from slider_plugin.lycoris_config import LycorisConfig
-
-
-def _no_bool(value: object) -> object:
-    """Python counts true as 1; somebody who writes it for a number has made a mistake."""
-    if isinstance(value, bool):
-        raise PydanticCustomError("float_type", "not a number")
-    return value
-
-
-def _listed(value: object) -> object:
-    """A list may be written as text, as flags have it: `-1,0,1` or `[-1, 0, 1]`; one number is a list of one."""
-    if isinstance(value, str):
-        return [part.strip() for part in value.strip().strip("[]").split(",") if part.strip()]
-    return [value] if isinstance(value, (int, float)) else value
-
-
-def _modules(value: object) -> object:
-    """Text that is a JSON list is a list; any other text is a regular expression."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            parsed = json.loads(value)
-        except ValueError:
-            return value  # a character class, such as [a-z]+
-        return parsed if isinstance(parsed, list) else value
-    return value
-
-
-def _pairs(value: object) -> object:
-    """`d_coef=2,safeguard_warmup=true`, as SimpleTuner has it, is an object; its values are typed by the optimizer's own."""
-    if not isinstance(value, str):
-        return value
-    parts = [part.partition("=") for part in value.split(",") if part.strip()]
-    names = [name.strip() for name, _, _ in parts]
-    if not all(equals and name.strip() and text.strip() for name, equals, text in parts):
-        raise PydanticCustomError("pairs", "is no list of settings; use e.g. d_coef=2,weight_decay=0")
-    if len(set(names)) < len(names):
-        raise PydanticCustomError("pairs", "has a setting twice; keep one")
-    return {name.strip(): text.strip() for name, _, text in parts}
-
-
-def _shift(value: object) -> object:
-    """A number or `auto`."""
-    if value is None:
-        return None
-    if isinstance(value, str) and value.strip().lower() == "auto":
-        return "auto"
-    try:
-        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else 0.0
-    except ValueError:
-        number = 0.0
-    if 0.0 < number < float("inf"):
-        return number
-    raise PydanticCustomError("shift", "is neither a number above 0 nor auto; 1 does not shift")
-
-
-def _window(value: object) -> object:
-    """Two ends, 0 to 1, the lower one first."""
-    listed = _listed(value)
-    ends = [_no_bool(end) for end in listed] if isinstance(listed, (list, tuple)) else []
-    try:
-        low, high = map(float, ends)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        low, high = 1.0, 0.0
-    if 0.0 <= low < high <= 1.0:
-        return low, high
-    raise PydanticCustomError("window", "is no part of the noise; use two rising numbers from 0 (image) to 1 (noise): 0.2,0.8")
-
-
-def _one_line(value: object) -> object:
-    """Text without line breaks."""
-    return " ".join(value.split()) if isinstance(value, str) else value
-
-
-def _shares(value: object) -> object:
-    """`off` and `on` or two numbers above 0, the lower one first."""
-    word = str(value).strip().lower()
-    if value is None or word in ("off", "false", "no", "none"):
-        return None
-    if word in ("on", "true", "yes"):
-        return SHARES
-    listed = _listed(value)
-    ends = list(listed) if isinstance(listed, (list, tuple)) else []
-    try:
-        low, high = map(float, ends)
-    except (TypeError, ValueError):
-        low, high = 1.0, 0.0
-    if 0.0 < low < high < float("inf"):
-        return low, high
-    raise PydanticCustomError("shares", "is neither on, off nor two rising numbers above 0, such as 0.25,1")
-
-
-def _size(value: object) -> object:
-    """1024, "1024" and "1024x768" are sizes; they are kept as text."""
-    text = str(value).strip().lower()
-    if value is None or (not isinstance(value, bool) and re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5})?", text)):
-        return None if value is None else text
-    raise PydanticCustomError("size", "is not one size in pixels; use e.g. 1024 or 1024x768")
-
-
-# The check for true and false comes last here, and therefore runs first.
-Number = Annotated[FiniteFloat, BeforeValidator(_no_bool)]
-Positive = Annotated[FiniteFloat, Field(gt=0), BeforeValidator(_no_bool)]
-NotNegative = Annotated[FiniteFloat, Field(ge=0), BeforeValidator(_no_bool)]
-Fraction = Annotated[FiniteFloat, Field(ge=0, lt=1), BeforeValidator(_no_bool)]
-Chance = Annotated[FiniteFloat, Field(ge=0, le=1), BeforeValidator(_no_bool)]
-Strength = Annotated[FiniteFloat, Field(examples=[0.5, -0.5]), BeforeValidator(_no_bool)]
-Count = Annotated[int, Field(ge=1), BeforeValidator(_no_bool)]
-Steps = Annotated[int, Field(ge=0), BeforeValidator(_no_bool)]
-Words = Annotated[str, Field(min_length=1, max_length=200), BeforeValidator(_one_line)]
-Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_no_bool)]
-
-SHARES = (0.25, 1.0)
-"""What `random_strength: on` draws from: smaller strengths say little beside the noise."""
 
 STRENGTHS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 
@@ -273,7 +169,7 @@ class RunConfig(_Strict):
         False, description="attach to the slider targets of the family: no cross-attention, no text branch"
     )
     include_joint: bool = Field(True, description="slider targets may include modules that see text and image tokens together")
-    peft_lora_target_modules: Annotated[tuple[str, ...] | str | None, BeforeValidator(_modules)] = Field(
+    peft_lora_target_modules: Modules = Field(
         None,
         description="your own targets, which always win: a list matches by suffix, text is a pattern for the whole name",
     )
@@ -347,7 +243,7 @@ class RunConfig(_Strict):
     text_guidance: Positive = Field(1.0, description="text: factor of the direction; above 1 the answer's norm is kept")
     text_rollout_steps: Count = Field(20, description="text without images: steps from noise to image of what the model draws")
     text_rollout_guidance: Positive = Field(1.0, description="text without images: guidance of what the model draws; 1 is none")
-    random_strength: Annotated[tuple[float, float] | None, BeforeValidator(_shares)] = Field(
+    random_strength: Shares = Field(
         None, description="on or LOW,HIGH: share of the strength that each cycle draws, both signs alike; off is always all"
     )
     objective_config: dict[str, Any] = Field({}, description="settings of an extension's objective, as an object")
@@ -370,7 +266,7 @@ class RunConfig(_Strict):
     optimizer: Literal["adamw", "adamw8bit", "prodigy", "adamw_schedulefree"] = Field(
         "adamw", description="adamw; adamw8bit of bitsandbytes; prodigy of prodigyopt; adamw_schedulefree of schedulefree"
     )
-    optimizer_config: Annotated[dict[str, Any], BeforeValidator(_pairs)] = Field(
+    optimizer_config: Settings = Field(
         {}, description="the optimizer's other settings, as an object or as d_coef=2,use_bias_correction=true"
     )
     adam_beta1: Fraction = Field(0.9, description="decay of the gradient's mean, for every optimizer")
@@ -390,10 +286,10 @@ class RunConfig(_Strict):
     )
     timestep_logit_mean: Number = Field(0.0, description="logit_normal: above 0 prefers noise")
     timestep_logit_scale: Positive = Field(1.0, description="logit_normal: below 1 is closer to the middle")
-    timestep_shift: Annotated[float | Literal["auto"] | None, BeforeValidator(_shift)] = Field(
+    timestep_shift: Shift = Field(
         None, description="above 1 moves time towards noise (flow models); auto: by the image's size; None is the model's own"
     )
-    timestep_range: Annotated[tuple[float, float], BeforeValidator(_window)] = Field(
+    timestep_range: Window = Field(
         (0.0, 1.0), description="the part of the noise that is trained on, from 0 (image) to 1 (noise): 0.2,0.8"
     )
     snr_gamma: NotNegative | None = Field(
@@ -424,15 +320,11 @@ class RunConfig(_Strict):
     prompts: tuple[PromptConfig, ...] = Field((), description="the prompts themselves, instead of a file")
     validation_negative_prompt: str | None = Field("blurry, cropped, ugly", description="negative prompt of all")
     validation_adapter_strength: Strength = Field(1.0, description="strength of prompts without one of their own")
-    validation_strengths: Annotated[tuple[Number, ...], BeforeValidator(_listed)] = Field(
-        STRENGTHS, description="strengths of the strips; empty draws none"
-    )
+    validation_strengths: Numbers = Field(STRENGTHS, description="strengths of the strips; empty draws none")
     validation_step_interval: Steps = Field(0, description="optimizer steps between validations; 0 validates at the end only")
     validation_num_inference_steps: Count = Field(30, description="denoising steps")
     validation_guidance: NotNegative | None = Field(None, description="guidance scale; None is the family's own")
-    validation_resolution: Annotated[str | None, BeforeValidator(_size)] = Field(
-        None, description="edge in pixels or WIDTHxHEIGHT; None is that of the buckets"
-    )
+    validation_resolution: Size = Field(None, description="edge in pixels or WIDTHxHEIGHT; None is that of the buckets")
     validation_num_video_frames: Count | None = Field(
         None, description="frames of a video that is drawn; None is that of the buckets"
     )
