@@ -19,10 +19,10 @@ from slider_plugin.data.buckets import Bucket, Buckets, open_buckets
 from slider_plugin.data.cache import check_cache
 from slider_plugin.data.conditioning import first_conditioning_image
 from slider_plugin.data.drawn import text_infos
-from slider_plugin.data.encode import Drawn
 from slider_plugin.data.images import check_image as check_image_file
 from slider_plugin.data.pairs import matched
 from slider_plugin.data.sampler import cycle_length
+from slider_plugin.data.wanted import Drawn
 from slider_plugin.errors import ConfigError, UserError
 from slider_plugin.files import check_writable
 from slider_plugin.loading import check_folder, denoiser_class_of, denoiser_config, model_folder, on_meta, pipeline_class_of

@@ -38,7 +38,10 @@ HOOKS = ("encode_images", "condition_on_images", "encode_control", "encode_promp
 LIBRARIES = ("slider-plugin", "diffusers", "transformers", "tokenizers", "pillow", "av", "soundfile", "soxr")
 """Whose versions count. PyTorch's does not: another version rounds otherwise, and means the same."""
 
-OWN_CODE = ("loading.py", *(f"data/{name}.py" for name in ("encode", "geometry", "images", "media", "video", "audio")))
+OWN_CODE = (
+    "loading.py",
+    *(f"data/{name}.py" for name in ("wanted", "encoders", "geometry", "images", "media", "video", "audio")),
+)
 """Our own code between a file and a family's hooks; with it goes all of `common`."""
 
 

@@ -388,9 +388,9 @@ def test_a_killed_process_is_gone_on_with(project: Project, tmp_path: Path, call
     config = project("sd1", neutral=True)
     script = (
         "import os, sys\n"
-        "from slider_plugin.data import cache, encode\n"
+        "from slider_plugin.data import cache, wanted\n"
         "from slider_plugin.family import LoadedFamily\n"
-        "cache.SHARD_BYTES, encode.AT_ONCE['image'] = 1, 2\n"
+        "cache.SHARD_BYTES, wanted.AT_ONCE['image'] = 1, 2\n"
         "images, done = LoadedFamily.encode_images, []\n"
         "def counted(self, components, given):\n"
         "    if len(done) == 2: os.kill(os.getpid(), 9)\n"
