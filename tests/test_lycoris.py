@@ -13,7 +13,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from slider_plugin.adapters.lycoris_network import LycorisAdapter, LycorisFile, plan_of
+from slider_plugin.adapters.lycoris_build import plan_of
+from slider_plugin.adapters.lycoris_network import LycorisAdapter, LycorisFile
 from slider_plugin.cli import execute
 from slider_plugin.errors import UserError
 from slider_plugin.lycoris_config import ALGORITHMS, DOCUMENTED, LycorisConfig, problems_of

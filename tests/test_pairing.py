@@ -193,7 +193,7 @@ def test_dropout_is_left_to_separate_passes() -> None:
 def test_an_algorithm_that_misses_at_a_scale_per_sample_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """What lycoris-lora calls the change of LoKr is its change times alpha / rank once more."""
     monkeypatch.setattr(
-        "slider_plugin.adapters.lycoris_network._change_of", lambda lora: lora.get_diff_weight(1.0, lora.shape, lora.device)
+        "slider_plugin.adapters.lycoris_layer.change_of", lambda lora: lora.get_diff_weight(1.0, lora.shape, lora.device)
     )
     preset: dict[str, Any] = {"target_module": [], "target_name": ["layer$"]}
     config = LycorisConfig(algo="loha", linear_dim=2, linear_alpha=1.0, apply_preset=preset)

@@ -36,7 +36,7 @@ def plan_targets(config: RunConfig, family: LoadedFamily, denoiser: Module) -> T
     """
     if config.lycoris is None:
         return resolve_targets(family, denoiser, config.target_request(), config.lora_rank, config.strict)
-    from slider_plugin.adapters.lycoris_network import plan_of
+    from slider_plugin.adapters.lycoris_build import plan_of
 
     plan = plan_of(family.facts, denoiser, config.lycoris)
     if config.strict and plan.warnings:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from slider_hooks import Family
 from slider_plugin.adapterfile import read_adapter, read_tensors
-from slider_plugin.adapters.lycoris_network import CARRYING
+from slider_plugin.adapters.lycoris_tensors import CARRYING
 from slider_plugin.errors import UserError
 from slider_plugin.export import write_verified
 from slider_plugin.export.metadata import for_programs
