@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-    from slider_plugin.registry import PluginRow
+    from slider_plugin.discovery import PluginRow
 
 
 TRACE = "SLIDER_PLUGIN_TRACE"

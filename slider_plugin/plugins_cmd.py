@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-    from slider_plugin.registry import PluginRow
+    from slider_plugin.discovery import PluginRow
 
 KEYS = ("family", "distribution", "version", "target", "status", "error", "kind", "name")
 STYLES = {"available": "green", "blocked": "dim", "shadowed": "yellow"}

@@ -15,7 +15,7 @@ import pytest
 from site_packages import Site
 
 from slider_hooks import CONTRACT, specs
-from slider_plugin import family, hook_docs, loose, registry
+from slider_plugin import discovery, family, hook_docs, loose, registry
 from slider_plugin.errors import UserError
 from slider_plugin.lint import lint, lint_extension, lint_hooks
 
@@ -137,7 +137,7 @@ def test_an_example_is_a_valid_plugin(number: int) -> None:
 
 
 def test_the_page_knows_every_variable_and_links_to_what_exists() -> None:
-    variables = {registry.BLOCK, registry.ALLOW, registry.STRICT, loose.EXTRA, family.TRACE}
+    variables = {discovery.BLOCK, discovery.ALLOW, registry.STRICT, loose.EXTRA, family.TRACE}
     assert set(re.findall(r"SLIDER_PLUGIN_[A-Z]+", PAGE)) == variables
     titles = {re.sub(r"[^a-z0-9 -]", "", t.lower()).replace(" ", "-") for t in re.findall(r"^#+ (.*)$", PAGE, re.MULTILINE)}
     prose = re.sub(r"```.*?```|`[^`\n]+`", "", PAGE, flags=re.DOTALL)

@@ -23,11 +23,12 @@ from site_packages import Site, error_of
 import slider_hooks
 from slider_hooks import Components, Flavour, LoadRequest, PromptEntry, ResolvedTargets, TargetRequest
 from slider_plugin import defaults, plugins_cmd
+from slider_plugin.discovery import PluginRow
 from slider_plugin.errors import PluginError, UserError
 from slider_plugin.family import LoadedFamily
 from slider_plugin.lint import lint
 from slider_plugin.objectives.bucket import Bucket
-from slider_plugin.registry import PluginRow, Plugins
+from slider_plugin.registry import Plugins
 
 ROOT = Path(__file__).parents[1]
 
