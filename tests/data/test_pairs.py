@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from trainers import trainer_of
+from trainers import assert_goes_on_to_the_same_weights, trainer_of
 
-from slider_plugin import run
 from slider_plugin.configfile import read_config
 from slider_plugin.errors import ConfigError, UserError
 from slider_plugin.preflight import preflight
@@ -79,17 +78,8 @@ def test_several_levels_of_strength(project: Project, tmp_path: Path) -> None:
 
 
 def test_a_run_that_stopped_goes_on_to_the_same_weights(project: Project, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     path = project("sd1", neutral=True, slider_objective="pair", max_train_steps=5, checkpoint_step_interval=2)
-    config = read_config(path)[0]
-    run.train(config)
-    whole = load_file(tmp_path / "out" / "slider.safetensors")
-    shutil.rmtree(tmp_path / "out" / "checkpoint-000005")
-    (tmp_path / "out" / "slider.safetensors").unlink()
-    run.train(config.model_copy(update={"resume_from_checkpoint": "latest"}))
-    again = load_file(tmp_path / "out" / "slider.safetensors")
-    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+    assert_goes_on_to_the_same_weights(path, tmp_path / "out")
 
 
 def problems_of(path: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
-from trainers import trainer_of
+from trainers import assert_goes_on_to_the_same_weights, trainer_of
 
 from slider_plugin import run
 from slider_plugin.configfile import read_config
@@ -196,14 +194,7 @@ def test_neutral_images_are_preserved_beside_prompts(project: Project, tmp_path:
 def test_a_run_that_stopped_goes_on_to_the_same_weights(text_project: Project, tmp_path: Path) -> None:
     words = WORDS | {"anchors": ["a dog", "a cat"]}
     path = text_project(slider_text=words, random_strength="on", max_train_steps=5, checkpoint_step_interval=2)
-    config = read_config(path)[0]
-    run.train(config)
-    whole = load_file(tmp_path / "out" / "slider.safetensors")
-    shutil.rmtree(tmp_path / "out" / "checkpoint-000005")
-    (tmp_path / "out" / "slider.safetensors").unlink()
-    run.train(config.model_copy(update={"resume_from_checkpoint": "latest"}))
-    again = load_file(tmp_path / "out" / "slider.safetensors")
-    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+    assert_goes_on_to_the_same_weights(path, tmp_path / "out")
 
 
 # --- Anchors ------------------------------------------------------------------------------------------------------------
