@@ -66,6 +66,26 @@ def test_prompts_of_the_quality_benchmark_say_the_concept_at_both_ends_and_are_n
             assert not {more, less} & set(words["target"].split())
 
 
+def test_the_tables_of_the_docs_are_those_of_the_committed_rows() -> None:
+    rows = json.loads(Path(quality.__file__).with_suffix(".json").read_text())
+    page = (Path(__file__).parents[1] / "docs" / "quality.md").read_text(encoding="utf-8")
+    assert quality.table(rows) in page and quality.comparison(rows) in page
+
+
+def test_formulas_are_compared_over_the_seeds_that_both_have() -> None:
+    row = {"family": "sd1", "concept": "size", "steps": 120, "monotonicity": 1.0, "at": [0.1, 0.2, 0.3]}
+    ours = [row | {"objective": "text", "seed": seed, "balance": seed / 10, "moved": 1.0} for seed in (5, 7)]
+    theirs = [row | {"objective": "concept-text", "seed": 7, "balance": 0.5, "moved": 1.0}]
+    lines = quality.comparison([*ours, *theirs]).splitlines()[2:]
+    cost = f"{measure.AREA_RANGE / 0.1:.2f} ± 0.00"  # all of its range moved, for a response of 0.1 each way
+    assert lines == [
+        f"| `sd1` | size | concept-text | 1.000 ± 0.000 | 0.50 ± 0.00 | 1.000 ± 0.000 | {cost} | 1 |",
+        f"| `sd1` | size | text | 1.000 ± 0.000 | 0.70 ± 0.00 | 1.000 ± 0.000 | {cost} | 1 |",
+    ]
+    backwards = quality.comparison([*ours, theirs[0] | {"at": [0.3, 0.2, 0.1]}]).splitlines()[2]
+    assert backwards.endswith("| the wrong way | 1 |")
+
+
 def test_the_table_of_qualities_marks_what_misses_a_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row = {"family": "sd1", "concept": "size", "objective": "pair", "steps": 120, "moved": 0.05, "at": [0.2, 0.3, 0.4]}
     rows = [row | {"seed": seed, "monotonicity": 1.0, "balance": balance} for seed, balance in ((7, 0.4), (8, 0.6))]

@@ -2,7 +2,7 @@
 formulas beside them.
 
     python -m tests.benchmarks.quality [--family sd1] [--concept hue] [--objective text,concept-text] [--seeds 7,8] [--out FILE]
-    python -m tests.benchmarks.quality --table FILE      # README's tables from what was measured
+    python -m tests.benchmarks.quality --table FILE      # the tables of docs/quality.md from what was measured
 
 Each cell trains with the code that `slider train` runs, loads the exported file as `slider validate` does, draws the demo's 8
 held-out prompts with 4 seeds at 9 strengths, and measures the images (`slider_plugin.demo.measure`). Prompts, seeds and
@@ -155,7 +155,7 @@ def one(family: str, concept: str, objective: str, seed: int, root: Path) -> Row
 
 
 def table(rows: Sequence[Row]) -> str:
-    """README's first table: one line a cell, over all its seeds; what misses a bar is marked."""
+    """The first table: one line a cell, over all its seeds; what misses a bar is marked."""
     lines = [
         "| family | concept | objective | monotonicity | balance | attribute at -1, 0, +1 | moved | steps |",
         "|---|---|---|---|---|---|---|---|",
@@ -173,7 +173,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def comparison(rows: Sequence[Row]) -> str:
-    """README's second table: each published formula and the objective it is like, over the seeds that both have.
+    """The second table: each published formula and the objective it is like, over the seeds that both have.
 
     `moved / response` is how far everything else moved for what the concept itself did, both in units of their ranges.
     """
@@ -207,6 +207,8 @@ def _cost(row: Row) -> float:
 
 def _spread(rows: Sequence[Row], column: str, places: int) -> str:
     values = [row[column] for row in rows]
+    if math.inf in values:
+        return "the wrong way"
     return f"{np.mean(values):.{places}f} ± {np.std(values):.{places}f}"
 
 
