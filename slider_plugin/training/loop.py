@@ -188,7 +188,7 @@ class Trainer:
         """One forward and one backward over the draws of these batches, each sample at its draw's scale."""
         own = [self.processes.index] if self.processes.index else []  # or all shares would lose the same features to dropout
         seed_device(derived_seed(self.seed, "model", batches[0].draw.position, *own), self.accelerator.device)
-        with self.adapter.scaled(self._scale(batches)):  # until after backward: checkpointing runs the forward again
+        with self.adapter.scaled(self.scale(batches)):  # until after backward: checkpointing runs the forward again
             losses = self.losses(batches)
             shares = [batch.part.weight * loss for batch, loss in zip(batches, losses, strict=True)]
             self.accelerator.backward(torch.stack(shares).sum() / self.draws_per_step)
@@ -288,7 +288,7 @@ class Trainer:
             return []
         conditioning = [told for batch in batches for told in batch.conditioning]
         count = steps_to(self.noise, torch.cat([self._times(batch) for batch in batches]), self.rollout_steps)
-        with torch.no_grad(), self.adapter.scaled(self._scale(batches)):
+        with torch.no_grad(), self.adapter.scaled(self.scale(batches)):
             noisy_BCHW = rollout(self.noise, self._guided(conditioning), torch.cat(list(noise)), torch.cat(list(times)), count)
         rolled: Sequence[Tensor] = noisy_BCHW.split([len(time_B) for time_B in times])
         return rolled
@@ -305,7 +305,7 @@ class Trainer:
 
         return guided
 
-    def _scale(self, batches: Sequence[Batch]) -> Scale:
+    def scale(self, batches: Sequence[Batch]) -> Scale:
         """The scale of one draw, or one for each sample of several."""
         scales = [self._share(batch.draw) * batch.draw.scale for batch in batches]
         if len(batches) == 1:

@@ -20,21 +20,20 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from slider_hooks import Components, Draw, LoadRequest
+from slider_hooks import Components, LoadRequest
 from slider_plugin.adapters.attach import new_adapter
 from slider_plugin.adapters.base import Adapter
 from slider_plugin.config import RunConfig
-from slider_plugin.data.buckets import Bucket, Item
-from slider_plugin.data.encode import Batch
-from slider_plugin.data.media import KINDS
+from slider_plugin.data.encode import Batch, Encoded
 from slider_plugin.errors import UserError
-from slider_plugin.loading import image_dtype, without_weights
+from slider_plugin.loading import without_weights
+from slider_plugin.objectives import BUILT_IN
 from slider_plugin.preflight import Preflight
 from slider_plugin.training.loop import Trainer
 from slider_plugin.training.noise import noise_process
 from slider_plugin.training.optimizers import KINDS as KINDS_OF_OPTIMIZER
+from slider_plugin.training.rehearsal import Rehearsal
 from slider_plugin.training.times import Times
-from slider_plugin.validation.samples import sampling_rate
 
 if TYPE_CHECKING:
     from slider_plugin.family import LoadedFamily
@@ -82,8 +81,8 @@ def predict_footprint(config: RunConfig, family: LoadedFamily, checked: Prefligh
         raise Unpredictable("blocks come and go")
     if config.lycoris is not None:
         raise Unpredictable("LyCORIS measures its layers on real weights")
-    if config.slider_objective not in ("bucket", "pair"):
-        raise Unpredictable(f"slider_objective {config.slider_objective} asks more than one question a draw")
+    if config.slider_objective not in BUILT_IN:
+        raise Unpredictable(f"slider_objective {config.slider_objective} is an extension's, and may do anything")
     if checked.targets is None:
         raise Unpredictable("the model is no local diffusers folder")
     try:
@@ -100,8 +99,10 @@ def _footprint(config: RunConfig, family: LoadedFamily, checked: Preflight, devi
     components = _components(config, family, checked.model, mode)
     adapter = _attach(config, family, components, checked, mode, device)
     with _KnownMasks(), torch.no_grad():
-        cycle = _largest_batches(config, family, components, checked, device)
-    trainer = _trainer(config, family, components, adapter, checked)
+        rehearsal = Rehearsal(config, family, components, checked, device)
+        data = rehearsal.data()
+        cycle = rehearsal.cycle(data)
+    trainer = _trainer(config, family, components, adapter, checked, data)
     together = config.signs_in_one_forward != "no" and not adapter.one_scale_only
     passes = [cycle] if together else [[batch] for batch in cycle]
     weights = _size(components.denoiser, {id(p) for p in adapter.parameters()})
@@ -119,9 +120,7 @@ def bytes_per_trained(config: RunConfig) -> int:
 
 def _peak(trainer: Trainer, batches: list[Batch]) -> int:
     """Bytes that one forward and one backward over these batches add to what is there before, at most."""
-    scales = [batch.draw.scale for batch in batches for _ in batch.files]
-    scale = scales if len(batches) > 1 else batches[0].draw.scale
-    with _KnownMasks(), LiveBytes(_held(trainer, batches)) as live, trainer.adapter.scaled(scale):
+    with _KnownMasks(), LiveBytes(_held(trainer, batches)) as live, trainer.adapter.scaled(trainer.scale(batches)):
         torch.stack(trainer.losses(batches)).sum().backward()
     return int(live.peak)
 
@@ -134,7 +133,7 @@ def _held(trainer: Trainer, batches: list[Batch]) -> Iterator[Tensor]:
     yield from trainer.components.denoiser.buffers()
     for batch in batches:
         yield batch.clean_BCHW
-        for told in batch.conditioning:
+        for told in (*batch.conditioning, *trainer.data.prompts.values()):
             yield from told.values()
 
 
@@ -212,74 +211,22 @@ def _places(index: Tensor | None) -> Iterable[Tensor | None]:
     return places
 
 
-# --- A batch without values -------------------------------------------------------------------------------------------
-
-
-def _largest_batches(
-    config: RunConfig, family: LoadedFamily, components: Components, checked: Preflight, device: torch.device
-) -> list[Batch]:
-    """For each sign that there is, a full batch of its largest images, each with the bucket's longest caption."""
-    largest: dict[float, tuple[int, Bucket, Item]] = {}
-    for bucket in checked.buckets:
-        sign = (bucket.strength or 0.0) and (1.0 if (bucket.strength or 0.0) > 0 else -1.0)
-        for item in bucket.items:
-            width, height = item.placement.target
-            size = width * height * (bucket.config.num_frames or 1)
-            if sign not in largest or size > largest[sign][0]:
-                largest[sign] = (size, bucket, item)
-    return [
-        _batch(config, family, components, checked, bucket, item, place, device)
-        for place, (_, bucket, item) in enumerate(largest.values())
-    ]
-
-
-def _batch(
-    config: RunConfig,
-    family: LoadedFamily,
-    components: Components,
-    checked: Preflight,
-    bucket: Bucket,
-    item: Item,
-    position: int,
-    device: torch.device,
-) -> Batch:
-    kind = KINDS[bucket.config.dataset_type]
-    rate = sampling_rate(components.pipeline) if bucket.config.dataset_type == "audio" else 0
-    media = kind.load(item.path, bucket.config, item.placement, config.max_image_pixels, rate)
-    media_B = torch.stack([media] * config.train_batch_size).to(image_dtype(components))
-    if "video" in family.facts.modalities and media_B.ndim == 4:
-        media_B = media_B.unsqueeze(2)
-    clean_BCHW = family.encode_images(components, media_B).float()
-    caption = max((caption for one in bucket.items for caption in one.captions), key=len)
-    texts = family.encode_prompts(components, [caption] * config.train_batch_size)
-    told = family.condition_on_images(components, media_B)
-    conditioning = [{**text, **image} for text, image in zip(texts, told, strict=True)]
-    neutral = not bucket.strength
-    return Batch(
-        Draw(
-            position=position,
-            epoch=0,
-            bucket=bucket.name,
-            index=0,
-            scale=checked.neutral_scale if neutral else bucket.strength or 1.0,
-            neutral=neutral,
-        ),
-        clean_BCHW.to(device),
-        tuple({name: value.to(device) for name, value in one.items()} for one in conditioning),
-        (item.path,) * config.train_batch_size,
-    )
-
-
-def _trainer(config: RunConfig, family: LoadedFamily, components: Components, adapter: Adapter, checked: Preflight) -> Trainer:
+def _trainer(
+    config: RunConfig, family: LoadedFamily, components: Components, adapter: Adapter, checked: Preflight, data: Encoded
+) -> Trainer:
     """One that can tell losses, and has nothing that a step needs besides."""
     nothing: Any = None
     return Trainer(
         family=family,
         components=components,
         adapter=adapter,
-        data=nothing,
+        data=data,
         sampler=nothing,
         noise=noise_process(family.facts, components, Times.of(config)),
+        objective=checked.objective,
+        random_strength=config.random_strength,
+        rollout_steps=1,  # each takes the same and leaves nothing
+        rollout_guidance=config.text_rollout_guidance,
         accelerator=nothing,
         optimizer=nothing,
         schedule=nothing,

@@ -90,7 +90,7 @@ def test_a_random_strength_is_one_for_a_cycle_and_aims_at_that_share_of_the_way(
         shares |= {trainer._share(draw) for draw in draws}
         assert len(shares) == cycle + 1 and all(0.25 <= share <= 1.0 for share in shares)
         share = trainer._share(draws[0])
-        scales = [trainer._scale([trainer.data.batch(draw)]) for draw in draws]
+        scales = [trainer.scale([trainer.data.batch(draw)]) for draw in draws]
         assert scales == [share * draw.scale for draw in draws] and {abs(draw.scale) for draw in draws} == {0.5}
         for draw in draws[:2]:
             batch = trainer.data.batch(draw)

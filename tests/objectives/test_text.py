@@ -135,7 +135,7 @@ def test_all_frozen_prompts_are_answered_in_one_forward(text_project: Project) -
 def test_both_signs_in_one_forward_are_the_same_losses(text_project: Project, family: str) -> None:
     trainer = shaken(trainer_of(text_project(family, slider_text=WORDS | {"anchors": ["a dog"]})))
     batches = [trainer.data.batch(next(trainer.sampler)) for _ in range(3)]
-    with torch.no_grad(), trainer.adapter.scaled(trainer._scale(batches)):
+    with torch.no_grad(), trainer.adapter.scaled(trainer.scale(batches)):
         together = [float(loss) for loss in trainer.losses(batches)]
     for batch, loss in zip(batches, together, strict=True):
         with torch.no_grad(), trainer.adapter.scaled(batch.draw.scale):
