@@ -46,7 +46,12 @@ KEYS: Mapping[str, Mapping[str, Any]] = {
     "bucket": {},
     "pair": {"slider_objective": "pair"},
     "addift": {"slider_objective": "pair", "pair_target": "addift"},
-    "text": {"slider_objective": "text", "text_rollout_steps": 6, "train_batch_size": 3},
+    "text": {
+        "slider_objective": "text",
+        "text_rollout_steps": 6,
+        "text_rollout_guidance": 3.0,
+        "train_batch_size": 3,
+    },
 }
 """By objective."""
 
