@@ -147,6 +147,8 @@ def _facts(
             f"gradient_accumulation_steps {config.gradient_accumulation_steps} is rounded up to {draws}: each optimizer step "
             f"takes {'a whole cycle' if draws == cycle else 'whole cycles'} of {cycle} draws"
         )
+    if config.text_rollout_guidance != 1.0 and drawn is None:
+        warnings.append("text_rollout_guidance changes nothing here: the buckets' images are noised, and the model draws none")
     return Preflight(
         model=model,
         buckets=opened.buckets,

@@ -70,7 +70,7 @@ class Rehearsal:
     def _in_turn(self, data: Encoded, batch: Batch) -> Batch:
         """In the cycle whose prompts ask most."""
         sets = self.config.slider_text
-        turn = max(range(len(sets)), key=lambda place: len(sets[place].attributes), default=0)
+        turn = max(range(len(sets)), key=lambda i: (len(sets[i].attributes), len(sets[i].positive)), default=0)
         prompt = None if batch.draw.neutral else self.checked.objective.prompt(turn)
         draw = replace(batch.draw, position=turn * self.checked.cycle + batch.draw.position)
         return replace(batch, draw=draw, conditioning=batch.conditioning if prompt is None else _told(data, batch, prompt))

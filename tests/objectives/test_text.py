@@ -120,6 +120,13 @@ def test_what_the_model_draws_may_be_guided(text_project: Project) -> None:
     assert not torch.allclose(without, told, atol=1e-4)
 
 
+def test_guidance_where_nothing_is_drawn_is_warned_of(project: Project) -> None:
+    path = project("sd1", slider_objective="text", slider_text=WORDS, text_rollout_guidance=3)
+    config = read_config(path, (), Plugins.discover().facts)[0]
+    warnings = preflight(config, Plugins.discover().load("sd1")).warnings
+    assert any("text_rollout_guidance changes nothing" in warning for warning in warnings)
+
+
 def test_all_frozen_prompts_are_answered_in_one_forward(text_project: Project) -> None:
     words = WORDS | {"attributes": ["red", "blue"]}
     trainer = trainer_of(text_project(slider_text=words, text_rollout_steps=1, timestep_range=[0.9, 1.0]))
