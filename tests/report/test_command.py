@@ -225,6 +225,7 @@ def test_a_siglip_reads_words_at_the_length_it_was_trained_with(clip: Path, tmp_
     with torch.no_grad():
         answer = model(input_ids=ids, pixel_values=pixels)
     seer = Seer(tmp_path, torch.device("cpu"))
+    assert seer._how(["Big"])["text"] == ["big"], "this tokenizer would make it small itself, and that of SigLIP 2 would not"
     assert np.allclose(seer.read(["Big", "SMALL"]), answer.text_embeds.numpy(), atol=1e-6)  # which transformers has normalised
     assert np.allclose(seer.see([image]), answer.image_embeds.numpy(), atol=1e-6)
 
